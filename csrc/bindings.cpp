@@ -1,0 +1,144 @@
+// The pybind11 module: argument passing and nothing else. Tensors come as addresses; Python keeps them alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "core/half.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace llmfp4;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+Element element_of(std::tuple<int, int, int> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
+
+ScaleKind scale_kind_of(const std::string& name) {
+    if (name == "none") return ScaleKind::none;
+    if (name == "e8m0") return ScaleKind::e8m0;
+    if (name == "e4m3") return ScaleKind::e4m3;
+    throw py::value_error("unknown group scale kind '" + name + "'");
+}
+
+const cpu::Kernels& kernel_named(const std::string& name) {
+    const auto table = cpu::kernels();
+    for (int i = 0; i < table.count; ++i)
+        if (name == table.rows[i].name) return table.rows[i];
+    throw py::value_error("no CPU kernel is called '" + name + "'");
+}
+
+// One weight and what its activations look like, ready to multiply. Holds addresses, not tensors.
+class Linear {
+public:
+    Linear(int n, int k, std::tuple<int, int, int> element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
+           const std::string& scale, uintptr_t group_scale, int group_size, uintptr_t shift)
+        : w_{{n, k}, element_of(element), pointer<uint8_t>(codes), pointer<float>(row_scale), pointer<float>(bias),
+             scale_kind_of(scale), pointer<uint8_t>(group_scale), group_size, group_size ? (k + group_size - 1) / group_size : 0},
+          shift_(pointer<uint8_t>(shift)),
+          factor_(w_.at.padded_k(), 0.0f) {
+        for (int i = 0; i < k; ++i) factor_[i] = std::ldexp(1.0f, shift_ ? -int(shift_[i]) : 0);
+    }
+
+    // Activations become codes of `element` at the static scale `x_scale`: W4A4.
+    void quantize_activations(std::tuple<int, int, int> element, float x_scale) {
+        const Element e = element_of(element);
+        const int top = shift_ ? e.max_shift() : 0;
+        inverse_.assign(w_.at.padded_k(), 0.0f);
+        for (int i = 0; i < w_.at.k; ++i) {
+            const int shift = shift_ ? shift_[i] : 0;
+            inverse_[i] = std::ldexp(1.0f / x_scale, shift);
+            factor_[i] = std::ldexp(float(e.integer_scale()), top - shift);
+        }
+        const float unit = std::ldexp(1.0f / float(e.integer_scale() * w_.element.integer_scale()), -top);
+        a_ = {e, inverse_.data(), factor_.data(), x_scale * unit, shift_ != nullptr};
+    }
+
+    // x [m, k] of row stride ldx → y [m, n] contiguous, both of `dtype`.
+    void run(const cpu::Kernels& kernel, uintptr_t x, size_t ldx, uintptr_t y, int m, cpu::Dtype dtype, int threads) const {
+        const cpu::Call call{pointer<void>(x), pointer<void>(y), m, ldx, dtype, threads};
+        py::gil_scoped_release release;
+        if (inverse_.empty())
+            kernel.w4a16(w_, factor_.data(), call);
+        else
+            kernel.w4a4(w_, a_, call);
+    }
+
+private:
+    cpu::Weights w_;
+    const uint8_t* shift_;
+    std::vector<float> factor_, inverse_;
+    cpu::Activation a_{};
+};
+
+std::vector<py::dict> list_kernels() {
+    std::vector<py::dict> rows;
+    const auto table = cpu::kernels();
+    for (int i = 0; i < table.count; ++i) {
+        py::dict row;
+        row["name"] = table.rows[i].name;
+        row["needs"] = table.rows[i].needs;
+        row["supported"] = table.rows[i].supported();
+        row["w4a4_from_m"] = table.rows[i].w4a4_from_m;
+        row["w4a16_from_m"] = table.rows[i].w4a16_from_m;
+        rows.push_back(row);
+    }
+    return rows;
+}
+
+std::vector<float> element_values(std::tuple<int, int, int> e) {
+    std::vector<float> values;
+    for (int code = 0; code < 2 * element_of(e).sign_code(); ++code) values.push_back(element_of(e).value(code));
+    return values;
+}
+
+std::vector<float> scale_values(const std::string& name) {
+    std::vector<float> values;
+    for (int byte = 0; byte < 256; ++byte) values.push_back(decode_scale(scale_kind_of(name), uint8_t(byte)));
+    return values;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    py::enum_<cpu::Dtype>(m, "Dtype")
+        .value("float32", cpu::Dtype::f32)
+        .value("bfloat16", cpu::Dtype::bf16)
+        .value("float16", cpu::Dtype::f16);
+    py::class_<cpu::Kernels>(m, "Kernel").def_readonly("name", &cpu::Kernels::name);
+    py::class_<Linear>(m, "Linear")
+        .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int,
+                      uintptr_t>(),
+             py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"), py::arg("bias") = 0,
+             py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0, py::arg("shift") = 0)
+        .def("quantize_activations", &Linear::quantize_activations, py::arg("element"), py::arg("x_scale"))
+        .def("run", &Linear::run);
+    m.def("kernels", &list_kernels);
+    m.def("kernel", &kernel_named, py::return_value_policy::reference);
+    m.def("team", &cpu::team_kind);
+    m.def("element_values", &element_values);
+    m.def("scale_values", &scale_values);
+    m.def("tiled_bytes", [](int n, int k) { return TileLayout{n, k}.bytes(); });
+    m.def("tile_position", [](int n, int k, size_t in, size_t ik) {
+        return std::make_pair(TileLayout{n, k}.byte_of(in, ik), TileLayout::nibble_of(ik));
+    });
+    m.def("shuffle", [](uintptr_t rows, uintptr_t tiles, int n, int k) {
+        py::gil_scoped_release release;
+        shuffle(pointer<uint8_t>(rows), pointer<uint8_t>(tiles), {n, k});
+    });
+    m.def("unshuffle", [](uintptr_t tiles, uintptr_t rows, int n, int k) {
+        py::gil_scoped_release release;
+        unshuffle(pointer<uint8_t>(tiles), pointer<uint8_t>(rows), {n, k});
+    });
+    m.def("shuffle_scales", [](uintptr_t rows, uintptr_t tiles, int n, int k, int groups) {
+        shuffle_scales(pointer<uint8_t>(rows), pointer<uint8_t>(tiles), {n, k}, groups);
+    });
+    m.attr("cuda_architectures") = std::vector<std::string>{};
+    m.attr("compiler") = __VERSION__;
+}

@@ -1,0 +1,199 @@
+// Y[m,n] = (Σ_k x[m,k] · 2^(-shift[k]) · element(code[n,k]) · group_scale[n,k/G]) · row_scale[n] + bias[n] in fp32;
+// activations of 16 or 32 bits are not rounded.
+#pragma once
+#include "gemm_w4a4.h"
+
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+constexpr int float_panel_k = 128;  // 64 outputs x 128 inputs of fp32: 32 KiB
+
+struct FloatRows {
+    float* at;
+    size_t ld;
+    const float* row(int r) const { return at + r * ld; }
+};
+
+inline FloatTable float_table(Element e) {
+    float table[16];
+    for (int code = 0; code < 16; ++code) table[code] = e.value(code);
+    return FloatTable(table);
+}
+
+inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Call& call) {
+    const int padded_k = int(w.at.padded_k());
+    FloatRows x;
+    x.ld = spread_stride(padded_k * sizeof(float)) / sizeof(float);
+    x.at = static_cast<float*>(workspace(slot_rows, call.m * x.ld * sizeof(float)));
+    const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
+    with_dtype(call.dtype, [&](auto type) {
+        const auto* source = static_cast<const decltype(type)*>(call.x);
+        parallel_ranges(threads, call.m, [&](long begin, long end) {
+            for (long m = begin; m < end; ++m)
+                convert_row(source + m * call.ldx, w.at.k, padded_k, x_factor, x.at + m * x.ld);
+        });
+    });
+    return x;
+}
+
+inline void finish_float_rows(const Weights& w, const Call& call, int m0, int rows, int n0, int count, const float* sums,
+                              size_t ld) {
+    with_dtype(call.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int r = 0; r < rows; ++r)
+            finish_float_row(sums + r * ld, w.row_scale + n0, w.bias ? w.bias + n0 : nullptr,
+                             static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0, count);
+    });
+}
+
+template <int MT, int nibble>
+inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+    const F32 column = decode_column<nibble>(codes, table);
+    for (int i = 0; i < MT; ++i)
+        acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble));
+}
+
+// MT rows times one tile of 8 inputs.
+template <int MT>
+inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+    const Tile codes = load_tile(at);
+    multiply_column<MT, 0>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 1>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 2>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 3>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 4>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 5>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 6>(codes, table, xs, ldx, acc);
+    multiply_column<MT, 7>(codes, table, xs, ldx, acc);
+}
+
+// MT rows times NT tiles of 16 outputs, all of k, one group after the other.
+template <int MT, int NT>
+inline void multiply_float_fused(const Weights& w, const FloatTable& table, const FloatRows& x, int row, int tile, float* sums,
+                                 size_t ld) {
+    const size_t tiles_k = w.at.tiles_k();
+    const bool grouped = w.scale_kind != ScaleKind::none;
+    const size_t group_tiles = grouped ? w.group_size / tile_k : tiles_k;
+    F32 total[NT][MT];
+    for (int t = 0; t < NT; ++t)
+        for (int i = 0; i < MT; ++i) total[t][i] = f32_zero();
+    for (size_t group = 0, begin = 0; begin < tiles_k; ++group, begin += group_tiles) {
+        if (grouped && int(group) >= w.groups) break;  // only padding is left
+        const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
+        F32 acc[NT][2][MT];
+        for (int t = 0; t < NT; ++t)
+            for (int i = 0; i < MT; ++i) acc[t][0][i] = acc[t][1][i] = f32_zero();
+        for (size_t kt = begin; kt < end; ++kt)
+            for (int t = 0; t < NT; ++t) {
+                const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
+                prefetch(at + 16 * tile_bytes);
+                multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
+            }
+        for (int t = 0; t < NT; ++t) {
+            if (!grouped) {
+                for (int i = 0; i < MT; ++i) total[t][i] = add(acc[t][0][i], acc[t][1][i]);
+                continue;
+            }
+            const F32 scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
+            for (int i = 0; i < MT; ++i) total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale);
+        }
+    }
+    for (int t = 0; t < NT; ++t)
+        for (int i = 0; i < MT; ++i) store(sums + i * ld + t * tile_n, total[t][i]);
+}
+
+template <int nibble>
+inline void decode_float_column(Tile codes, const FloatTable& table, bool grouped, F32 scale, float* out, size_t k_stride) {
+    const F32 column = decode_column<nibble>(codes, table);
+    store(out + k_of_nibble(nibble) * k_stride, grouped ? mul(column, scale) : column);
+}
+
+// [k][tiles][16] floats, group scales multiplied in: at most 2 + 4 significant bits, exact.
+inline void decode_float_panel(const Weights& w, const FloatTable& table, int tile, int tiles, size_t kt0, int count,
+                               float* panel, size_t k_stride) {
+    const bool grouped = w.scale_kind != ScaleKind::none;
+    for (int t = 0; t < tiles; ++t)
+        for (int c = 0; c < count; ++c) {
+            const size_t kt = kt0 + c, group = grouped ? kt * tile_k / w.group_size : 0;
+            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt) * tile_bytes);
+            F32 scale = f32_zero();
+            if (grouped && int(group) < w.groups)
+                scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
+            float* out = panel + c * tile_k * k_stride + t * tile_n;
+            decode_float_column<0>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<1>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<2>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<3>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<4>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<5>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<6>(codes, table, grouped, scale, out, k_stride);
+            decode_float_column<7>(codes, table, grouped, scale, out, k_stride);
+        }
+}
+
+template <int MT, int NT>
+inline void multiply_float_panel(const float* panel, size_t k_stride, int k, const float* xs, size_t ldx, float* sums,
+                                 size_t ld) {
+    F32 acc[MT][NT];
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    for (int j = 0; j < k; ++j) {
+        F32 w[NT];
+        for (int t = 0; t < NT; ++t) w[t] = load(panel + j * k_stride + t * tile_n);
+        for (int i = 0; i < MT; ++i)
+            for (int t = 0; t < NT; ++t) acc[i][t] = fma(acc[i][t], w[t], xs + i * ldx + j);
+    }
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+}
+
+inline void few_float(const Weights& w, const Call& call, const FloatRows& x, int begin, int end) {
+    const FloatTable table = float_table(w.element);
+    constexpr size_t ld = fused_tiles * tile_n;
+    float sums[few_rows * ld];
+    for (int tile = begin; tile < end;)
+        tile += with_block<2>(end - tile, [&](auto nt) {
+            for (int row = 0; row < call.m;)
+                row += with_block<fused_rows>(call.m - row, [&](auto mt) {
+                    multiply_float_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
+                });
+            finish_float_rows(w, call, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
+        });
+}
+
+inline void many_float(const Weights& w, const Call& call, const FloatRows& x, int m0, int m, int tile, int tiles,
+                       const FloatTable& table) {
+    constexpr size_t ld = float_tiles * tile_n;
+    auto* panel = static_cast<float*>(workspace(slot_panel, float_panel_k * ld * sizeof(float)));
+    auto* sums = static_cast<float*>(workspace(slot_accumulators, m * ld * sizeof(float)));
+    for (size_t i = 0; i < m * ld; ++i) sums[i] = 0.0f;
+    const int padded_k = int(w.at.padded_k());
+    for (int k = 0; k < padded_k; k += float_panel_k) {
+        const int chunk = padded_k - k < float_panel_k ? padded_k - k : float_panel_k;
+        decode_float_panel(w, table, tile, tiles, k / tile_k, chunk / tile_k, panel, ld);
+        with_block<float_tiles>(tiles, [&](auto nt) {
+            for (int r = 0; r < m;)
+                r += with_block<float_rows>(m - r, [&](auto mt) {
+                    multiply_float_panel<mt, nt>(panel, ld, chunk, x.row(m0 + r) + k, x.ld, sums + r * ld, ld);
+                });
+        });
+    }
+    finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
+}
+
+inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
+    const FloatRows x = convert_rows(w, x_factor, call);
+    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    if (call.m <= few_rows)
+        return parallel_ranges(threads, tiles, [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
+    const FloatTable table = float_table(w.element);
+    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + float_tiles - 1) / float_tiles;
+    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
+        for (long task = begin; task < end; ++task) {
+            const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * float_tiles;
+            const int m = call.m - m0 < rows_per_task ? call.m - m0 : rows_per_task;
+            many_float(w, call, x, m0, m, tile, tiles - tile < float_tiles ? tiles - tile : float_tiles, table);
+        }
+    });
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -1,0 +1,227 @@
+// Y[m,n] = (fp32(Σ_k xi[m,k] · wi[n,k]) · x_scale) · row_scale[n] + bias[n], with int8 operands and exact int32 sums.
+//
+// Weight integers are decoded with an offset that makes them unsigned, as the u8 x s8 dot product wants; starting each sum
+// at -offset · Σ_k xi[m,k] takes it out again. Rows: up to `few_rows` multiply tiles as they are decoded; more of
+// them share a panel of decoded bytes.
+#pragma once
+#include <utility>
+
+#include "parallel.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+constexpr int few_rows = 8, fused_rows = 4, fused_tiles = 4;
+constexpr int panel_k = 512;       // 64 outputs x 512 inputs: 32 KiB, the first-level cache
+constexpr int rows_per_task = 192;
+
+// Quantized activations: `rows` int8 rows of stride ld, plane p of row m at row p·m_count + m.
+struct IntegerRows {
+    int8_t* at;
+    size_t ld;
+    int32_t* sums;  // Σ_k of each row
+    bool* finite;   // of each x row
+    int m, planes;
+
+    int rows() const { return m * planes; }
+    const int8_t* row(int r) const { return at + r * ld; }
+};
+
+struct IntegerTable {
+    int offset;
+    ByteTable bytes;
+
+    static ByteTable make(Element e, int offset) {
+        uint8_t table[16];
+        for (int code = 0; code < 16; ++code) table[code] = uint8_t(e.integer(code) + offset);
+        return ByteTable(table);
+    }
+    explicit IntegerTable(Element e) : offset(e.max_integer()), bytes(make(e, offset)) {}
+};
+
+// Strides that are a multiple of 128 bytes would put every row into few cache sets.
+inline size_t spread_stride(size_t bytes) { return bytes / 64 % 2 == 0 ? bytes + 64 : bytes; }
+
+inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Call& call) {
+    IntegerRows x;
+    x.m = call.m;
+    x.planes = planes_of(a);
+    const int padded_k = int(w.at.padded_k());
+    x.ld = spread_stride(padded_k);
+    char* memory = static_cast<char*>(workspace(slot_rows, x.rows() * (x.ld + sizeof(int32_t) + 1) + 64));
+    x.at = reinterpret_cast<int8_t*>(memory);
+    x.sums = reinterpret_cast<int32_t*>(memory + x.rows() * x.ld);
+    x.finite = reinterpret_cast<bool*>(x.sums + x.rows());
+    const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
+    with_dtype(call.dtype, [&](auto type) {
+        const auto* source = static_cast<const decltype(type)*>(call.x);
+        parallel_ranges(threads, call.m, [&](long begin, long end) {
+            for (int m = int(begin); m < int(end); ++m) {
+                int32_t sums[2];
+                int8_t* high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
+                x.finite[m] = quantize_row(source + m * call.ldx, w.at.k, padded_k, a, x.at + m * x.ld, high, sums);
+                x.sums[m] = sums[0];
+                if (high) x.sums[x.m + m] = sums[1];
+            }
+        });
+    });
+    return x;
+}
+
+// sums [planes][rows][ld]: finish rows m0.. of the call for `count` outputs from n0.
+inline void finish_rows(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int rows,
+                        int n0, int count, const int32_t* sums, size_t ld, size_t plane_stride) {
+    with_dtype(call.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int r = 0; r < rows; ++r) {
+            const int m = m0 + r;
+            const int32_t* low = sums + r * ld;
+            const float x_scale = x.finite[m] ? a.sum_scale : __builtin_nanf("");
+            finish_integer_row(low, x.planes == 2 ? low + plane_stride : nullptr, x_scale, w.row_scale + n0,
+                               w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0, count);
+        }
+    });
+}
+
+// MT rows times NT adjacent tiles of 16 outputs, all of k, decoded on the way. Short accumulator blocks use two chains.
+template <int MT, int NT>
+inline void multiply_fused(const Weights& w, const IntegerTable& table, const IntegerRows& x, int row, int tile,
+                           int32_t* sums, size_t ld) {
+    constexpr int chains = MT * NT <= 8 ? 2 : 1;
+    I32 acc[chains][MT][NT];
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t) {
+            acc[0][i][t] = i32_all(-table.offset * x.sums[row + i]);
+            if (chains == 2) acc[chains - 1][i][t] = i32_all(0);
+        }
+    const size_t tiles_k = w.at.tiles_k();
+    const uint8_t* codes = w.codes + tile * tiles_k * tile_bytes;
+    const int8_t* xs = x.row(row);
+    for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
+        for (int t = 0; t < NT; ++t) {
+            const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
+            prefetch(at + 16 * tile_bytes);
+            const Tile codes_16x8 = load_tile(at);
+            const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
+            for (int i = 0; i < MT; ++i) {
+                acc[0][i][t] = dot4(acc[0][i][t], low, xs + i * x.ld);
+                acc[chains - 1][i][t] = dot4(acc[chains - 1][i][t], high, xs + i * x.ld + 4);
+            }
+        }
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t)
+            store(sums + i * ld + t * tile_n, chains == 2 ? add(acc[0][i][t], acc[1][i][t]) : acc[0][i][t]);
+}
+
+// MT rows times NT tiles of a decoded panel [NT][k4][64], `k4` groups of 4 inputs; adds to sums.
+template <int MT, int NT>
+inline void multiply_panel(const uint8_t* panel, size_t tile_stride, int k4, const int8_t* xs, size_t ldx, int32_t* sums,
+                           size_t ld) {
+    I32 acc[MT][NT];
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    for (int g = 0; g < k4; ++g) {
+        Bytes w[NT];
+        for (int t = 0; t < NT; ++t) w[t] = load_bytes(panel + t * tile_stride + size_t(g) * tile_bytes);
+        for (int i = 0; i < MT; ++i)
+            for (int t = 0; t < NT; ++t) acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * g);
+    }
+    for (int i = 0; i < MT; ++i)
+        for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+}
+
+// Calls f with the largest compile-time size ≤ Max that fits `left`.
+template <int Max, class F>
+inline int with_block(int left, F&& f) {
+    if constexpr (Max == 1) {
+        f(std::integral_constant<int, 1>{});
+        return 1;
+    } else {
+        if (left < Max) return with_block<Max - 1>(left, f);
+        f(std::integral_constant<int, Max>{});
+        return Max;
+    }
+}
+
+// Decode `k4`/2 tiles of each of `tiles` rows of tiles from tile kt0 on into [tiles][k4][64] bytes.
+inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, int tiles, size_t kt0, int k4, uint8_t* panel,
+                         size_t tile_stride) {
+    for (int t = 0; t < tiles; ++t) {
+        const uint8_t* codes = w.codes + ((tile + t) * w.at.tiles_k() + kt0) * tile_bytes;
+        uint8_t* out = panel + t * tile_stride;
+        for (int g = 0; g < k4; g += 2, codes += tile_bytes, out += 2 * tile_bytes) {
+            const Tile codes_16x8 = load_tile(codes);
+            store_bytes(out, decode_low(codes_16x8, table.bytes));
+            store_bytes(out + tile_bytes, decode_high(codes_16x8, table.bytes));
+        }
+    }
+}
+
+inline int outputs_from(const Weights& w, int tile, int tiles) {
+    const int left = w.at.n - tile * tile_n;
+    return left < tiles * tile_n ? left : tiles * tile_n;
+}
+
+inline void few(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int begin, int end) {
+    const IntegerTable table(w.element);
+    constexpr size_t ld = fused_tiles * tile_n;
+    int32_t sums[2 * few_rows * ld];
+    for (int tile = begin; tile < end;)
+        tile += with_block<fused_tiles>(end - tile, [&](auto nt) {
+            for (int row = 0; row < x.rows();)
+                row += with_block<fused_rows>(x.rows() - row, [&](auto mt) {
+                    multiply_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
+                });
+            finish_rows(w, a, call, x, 0, x.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld, x.m * ld);
+        });
+}
+
+// One task: rows m0..m0+m of every plane times `tiles` (≤ panel_tiles) tiles.
+inline void many(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int m, int tile,
+                 int tiles, const IntegerTable& table) {
+    constexpr size_t ld = panel_tiles * tile_n, tile_stride = size_t(panel_k) * tile_n;
+    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
+    auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, size_t(x.planes) * m * ld * sizeof(int32_t)));
+    for (int p = 0; p < x.planes; ++p)
+        for (int r = 0; r < m; ++r)
+            for (size_t i = 0; i < ld; ++i) sums[(p * m + r) * ld + i] = -table.offset * x.sums[p * x.m + m0 + r];
+    const int total_k4 = int(w.at.padded_k()) / 4;
+    for (int k4 = 0; k4 < total_k4; k4 += panel_k / 4) {
+        const int chunk = total_k4 - k4 < panel_k / 4 ? total_k4 - k4 : panel_k / 4;
+        decode_panel(w, table, tile, tiles, k4 / 2, chunk, panel, tile_stride);
+        with_block<panel_tiles>(tiles, [&](auto nt) {
+            for (int p = 0; p < x.planes; ++p)
+                for (int r = 0; r < m;)
+                    r += with_block<panel_rows>(m - r, [&](auto mt) {
+                        multiply_panel<mt, nt>(panel, tile_stride, chunk, x.row(p * x.m + m0 + r) + 4 * k4, x.ld,
+                                               sums + (p * m + r) * ld, ld);
+                    });
+        });
+    }
+    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld);
+}
+
+// Threads worth waking: a share below 2^18 multiplications ends before a second thread has started.
+inline int useful_threads(const Weights& w, const Call& call) {
+    const double work = double(call.m) * w.at.n * w.at.k / (1 << 18);
+    return work < call.threads ? (work < 1 ? 1 : int(work)) : call.threads;
+}
+
+inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
+    const IntegerRows x = quantize_rows(w, a, call);
+    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    if (x.rows() <= few_rows)
+        return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, a, call, x, int(begin), int(end)); });
+    const IntegerTable table(w.element);
+    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + panel_tiles - 1) / panel_tiles;
+    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
+        for (long task = begin; task < end; ++task) {
+            const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * panel_tiles;
+            const int m = call.m - m0 < rows_per_task ? call.m - m0 : rows_per_task;
+            many(w, a, call, x, m0, m, tile, tiles - tile < panel_tiles ? tiles - tile : panel_tiles, table);
+        }
+    });
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -1,0 +1,22 @@
+// The table of CPU kernels, best first, and which of them this CPU can run.
+#pragma once
+#include "problem.h"
+
+namespace llmfp4::cpu {
+
+void w4a4_scalar(const Weights&, const Activation&, const Call&);
+void w4a16_scalar(const Weights&, const float* x_factor, const Call&);
+#if LLMFP4_X86
+void w4a4_avx2(const Weights&, const Activation&, const Call&);
+void w4a16_avx2(const Weights&, const float* x_factor, const Call&);
+void w4a4_avx512vnni(const Weights&, const Activation&, const Call&);
+void w4a16_avx512vnni(const Weights&, const float* x_factor, const Call&);
+void w4a4_amx(const Weights&, const Activation&, const Call&);
+void w4a16_amx(const Weights&, const float* x_factor, const Call&);
+bool enable_amx();
+#endif
+
+struct KernelTable { const Kernels* rows; int count; };
+KernelTable kernels();
+
+}  // namespace llmfp4::cpu

@@ -1,0 +1,27 @@
+// One thread team per process: the OpenMP runtime that torch already loaded, found at run time.
+// Linking our own would give a second team, and two teams spinning on the same cores cost more than they bring.
+#pragma once
+
+namespace llmfp4::cpu {
+
+// Run body(thread, threads, context) on `threads` threads, the caller being one of them, and wait for all.
+void run_team(int threads, void (*body)(int thread, int threads, void* context), void* context);
+
+// "openmp" if the process has an OpenMP runtime, otherwise "std::thread".
+const char* team_kind();
+
+// Runs f(begin, end) on contiguous shares of 0..count; no more threads than there are items.
+template <class F>
+void parallel_ranges(int threads, long count, F&& f) {
+    if (count <= 0) return;
+    if (threads > count) threads = int(count);
+    if (threads <= 1) return f(0L, count);
+    struct Context { F* f; long count; } context{&f, count};
+    run_team(threads, [](int thread, int of, void* p) {
+        auto& c = *static_cast<Context*>(p);
+        const long begin = c.count * thread / of, end = c.count * (thread + 1) / of;
+        if (begin < end) (*c.f)(begin, end);
+    }, &context);
+}
+
+}  // namespace llmfp4::cpu

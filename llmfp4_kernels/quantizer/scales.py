@@ -1,0 +1,137 @@
+"""Scales taken from the largest magnitude, and quantization of a weight with them: no data, no search."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import BadInput
+from ..formats import E4M3, E8M0, Element, Recipe
+from ..packed import PackedFP4
+from ..reference import decode_scale, expand_groups, quantize
+
+CHUNK_ELEMENTS = 1 << 22
+"""Rows are quantized this many elements at a time, so that the fp32 temporaries stay below 0.2 GB."""
+
+E8M0_RULES = ("even", "floor", "rceil")
+_E4M3_MAX, _E4M3_MIN = max(v for v in E4M3.values if v == v), min(v for v in E4M3.values if v > 0)
+
+
+def scale_of_largest(largest: torch.Tensor, element: Element) -> torch.Tensor:
+    """The scale that maps `largest` (≥ 0) onto the element's maximum; 1 where there is nothing but zeros."""
+    scale = largest / element.max
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def snap(x: torch.Tensor, element: Element) -> torch.Tensor:
+    """The element nearest to each x (float32, in the element's units): decode(encode(x)), as float arithmetic.
+
+    Adding and subtracting 1.5·2^23 steps rounds to a multiple of the step, half to even, in two vector instructions;
+    the step is read off the exponent field. A search calls this hundreds of times per layer, so x is not checked.
+    """
+    x = x.clamp(-element.max, element.max)
+    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0 ** (1 - element.bias))
+    step *= 1.5 * 2.0 ** (23 - element.mantissa_bits)
+    return x.add_(step).sub_(step)
+
+
+def require_matrix(name: str, x: torch.Tensor) -> None:
+    """Raise BadInput unless x is a non-empty, finite matrix of a float dtype whose values fit in fp32."""
+    if x.ndim != 2 or x.numel() == 0:
+        raise BadInput(f"{name} must be a matrix with at least one row and column, got shape {list(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise BadInput(f"{name} must have a float dtype, got {x.dtype}")
+    bad = sum(int((~rows.float().isfinite()).sum()) for rows in row_chunks(x))
+    if bad:
+        raise BadInput(f"{name} of shape {list(x.shape)} holds {bad} values that are NaN, Inf or beyond fp32")
+
+
+def row_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [n, k] in runs of whole rows, CHUNK_ELEMENTS at most where a row allows it."""
+    return x.split(max(1, CHUNK_ELEMENTS // x.shape[1]))
+
+
+def group_largest(w: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Largest magnitude of each group: [n, k] → [n, ceil(k/G)]; the last group may be partial."""
+    padded = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % group_size))
+    return padded.unflatten(1, (-1, group_size)).amax(2)
+
+
+def e8m0_scale(largest: torch.Tensor, element: Element, rule: str = "even") -> torch.Tensor:
+    """The E8M0 byte (uint8) of groups with these largest magnitudes (float32).
+
+    floor   2^(floor(log2 largest) - emax), the sample rule of OCP MX spec 1.0 section 6.3; clips mantissas above 1.5
+    even    one more where the largest magnitude's mantissa is ≥ 1.75, as compressed-tensors does; least error
+    rceil   the least power of two ≥ largest / element.max, as cuBLAS documents: never clips
+
+    A group of zeros gets 127 (scale 1).
+    """
+    if rule not in E8M0_RULES:
+        raise BadInput(f"unknown E8M0 rule {rule!r}: known are {', '.join(E8M0_RULES)}")
+    if rule == "rceil":
+        byte = (largest / element.max).view(torch.int32) + 0x7FFFFF >> 23
+    else:
+        carry = 1 << 21 if rule == "even" else 0
+        emax = element.max_shift - element.bias
+        byte = (largest.view(torch.int32) + carry >> 23) - emax
+    return torch.where(largest > 0, byte.clamp(0, 254), 127).to(torch.uint8)
+
+
+def e4m3_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The E4M3 byte (uint8) nearest to a positive scale, held inside 2^-9..448 so that no group is lost."""
+    return scale.clamp(_E4M3_MIN, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _row_scale(largest: torch.Tensor, tensor_largest: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """[n] float32. With E4M3 groups the largest group gets 448, the top of their range (NVFP4: of the whole tensor)."""
+    element = recipe.weight_elements[0]
+    if recipe.group_scale is None:
+        return scale_of_largest(largest, element)
+    if recipe.group_scale == E8M0:
+        return torch.ones_like(largest)
+    reach = tensor_largest.expand_as(largest) if recipe.tensor_scale else largest
+    return scale_of_largest(reach / _E4M3_MAX, element)
+
+
+def _quantize_rows(w: torch.Tensor, tensor_largest: torch.Tensor, recipe: Recipe, rule: str):
+    """(codes, row_scale, group_scale or None) of some rows, float32."""
+    element, group_size = recipe.weight_elements[0], recipe.group_size
+    row_scale = _row_scale(w.abs().amax(1), tensor_largest, recipe)
+    if recipe.group_scale is None:
+        return quantize(w, element, row_scale[:, None]), row_scale, None
+    largest = group_largest(w, group_size)
+    if recipe.group_scale == E8M0:
+        groups = e8m0_scale(largest, element, rule)
+    else:
+        groups = e4m3_scale(largest / element.max / row_scale[:, None])
+    scale = decode_scale(groups, recipe.group_scale) * row_scale[:, None]
+    return quantize(w, element, expand_groups(scale, group_size, w.shape[1])), row_scale, groups
+
+
+def quantize_weight(weight: torch.Tensor, recipe: Recipe, *, e8m0_rule: str = "even") -> PackedFP4:
+    """Quantize weight [n, k] (any float dtype) to nearest, with the scales of its largest magnitudes.
+
+    row scale only   largest of the row / element.max
+    E8M0 groups      OCP MX spec 1.0, rounded by `e8m0_rule`; row_scale is 1
+    E4M3 groups      NVFP4: one fp32 scale largest / (448 · element.max) for the tensor, multiplied (ModelOpt's
+                     convention), in every row_scale. Without `tensor_scale` the same for each row by itself.
+
+    Rows of zeros get scale 1 and codes 0. Activations are not described: activation, x_scale and shift are None.
+    Raises BadInput for NaN, Inf, an empty or non-2-d or integer weight, and for a recipe that needs a search.
+    """
+    require_matrix("weight", weight)
+    if recipe.search or len(recipe.weight_elements) != 1:
+        names = ", ".join(e.name for e in recipe.weight_elements)
+        raise BadInput(f"recipe {recipe.name!r} searches its scales (elements {names}): use search_linear")
+    tensor_largest = torch.stack([rows.float().abs().amax() for rows in row_chunks(weight)]).amax()
+    parts = [_quantize_rows(rows.float(), tensor_largest, recipe, e8m0_rule) for rows in row_chunks(weight)]
+    codes, row_scale, groups = zip(*parts)
+    return PackedFP4(
+        codes=torch.cat(codes),
+        row_scale=torch.cat(row_scale),
+        k=weight.shape[1],
+        element=recipe.weight_elements[0],
+        group_scale=torch.cat(groups) if recipe.group_scale else None,
+        scale=recipe.group_scale,
+        group_size=recipe.group_size,
+        recipe=recipe.name,
+    )

@@ -1,0 +1,35 @@
+"""Builds the native module with CMake and ninja; needs neither torch nor a GPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        cmake = shutil.which("cmake")
+        if cmake is None or shutil.which("ninja") is None:
+            sys.exit("building llmfp4_kernels needs cmake and ninja on PATH (pip install cmake ninja)")
+        configure = [
+            cmake, "-G", "Ninja", str(ROOT),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+        ]  # fmt: skip
+        subprocess.run(configure, cwd=build, check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", ".", "-j", jobs], cwd=build, check=True)
+
+
+setup(ext_modules=[Extension("llmfp4_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
