@@ -30,7 +30,10 @@ ScaleKind scale_kind_of(const std::string& name) {
 const cpu::Kernels& kernel_named(const std::string& name) {
     const auto table = cpu::kernels();
     for (int i = 0; i < table.count; ++i)
-        if (name == table.rows[i].name) return table.rows[i];
+        if (name == table.rows[i].name) {
+            if (table.rows[i].supported()) return table.rows[i];
+            throw py::value_error("this CPU lacks what kernel '" + name + "' needs: " + table.rows[i].needs);
+        }
     throw py::value_error("no CPU kernel is called '" + name + "'");
 }
 

@@ -6,6 +6,6 @@ import sys
 nm, isa, *objects = sys.argv[1:]
 for path in objects:
     listing = subprocess.run([nm, "-C", "--defined-only", path], check=True, capture_output=True, text=True).stdout
-    leaks = [line for line in listing.splitlines() if line[17:18] in "WVu" and f"cpu::{isa}::" not in line]
+    leaks = [line for line in listing.splitlines() if line[17:18] == "W" and f"cpu::{isa}::" not in line]
     if leaks:
         sys.exit(f"{path} emits {len(leaks)} functions that other objects share:\n" + "\n".join(leaks))

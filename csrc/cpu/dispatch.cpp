@@ -1,3 +1,8 @@
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace llmfp4::cpu {
@@ -11,10 +16,24 @@ bool has_avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+
+// Linux hands out the 8 KiB of tile state only to processes that ask for it.
+bool has_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    uint32_t a = 7, b = 0, c = 0, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
+    return bf16 && tile && int8 && has_avx512vnni() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 const Kernels table[] = {
 #if LLMFP4_X86
+    {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 16, 16, w4a4_amx, w4a16_amx},
     {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1, w4a4_avx512vnni, w4a16_avx512vnni},
     {"avx2", "avx2 fma", has_avx2, 1, 1, w4a4_avx2, w4a16_avx2},
 #endif

@@ -48,7 +48,7 @@ inline void finish_float_rows(const Weights& w, const Call& call, int m0, int ro
 template <int MT, int nibble>
 inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
     const F32 column = decode_column<nibble>(codes, table);
-    for (int i = 0; i < MT; ++i)
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
         acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble));
 }
 
@@ -74,31 +74,31 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
     const bool grouped = w.scale_kind != ScaleKind::none;
     const size_t group_tiles = grouped ? w.group_size / tile_k : tiles_k;
     F32 total[NT][MT];
-    for (int t = 0; t < NT; ++t)
-        for (int i = 0; i < MT; ++i) total[t][i] = f32_zero();
+    LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
+        LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = f32_zero();
     for (size_t group = 0, begin = 0; begin < tiles_k; ++group, begin += group_tiles) {
         if (grouped && int(group) >= w.groups) break;  // only padding is left
         const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
         F32 acc[NT][2][MT];
-        for (int t = 0; t < NT; ++t)
-            for (int i = 0; i < MT; ++i) acc[t][0][i] = acc[t][1][i] = f32_zero();
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
+            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) acc[t][0][i] = acc[t][1][i] = f32_zero();
         for (size_t kt = begin; kt < end; ++kt)
-            for (int t = 0; t < NT; ++t) {
+            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
                 prefetch(at + 16 * tile_bytes);
                 multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             }
-        for (int t = 0; t < NT; ++t) {
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
             if (!grouped) {
-                for (int i = 0; i < MT; ++i) total[t][i] = add(acc[t][0][i], acc[t][1][i]);
+                LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = add(acc[t][0][i], acc[t][1][i]);
                 continue;
             }
             const F32 scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
-            for (int i = 0; i < MT; ++i) total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale);
+            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale);
         }
     }
-    for (int t = 0; t < NT; ++t)
-        for (int i = 0; i < MT; ++i) store(sums + i * ld + t * tile_n, total[t][i]);
+    LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
+        LLMFP4_UNROLL for (int i = 0; i < MT; ++i) store(sums + i * ld + t * tile_n, total[t][i]);
 }
 
 template <int nibble>
@@ -134,16 +134,16 @@ template <int MT, int NT>
 inline void multiply_float_panel(const float* panel, size_t k_stride, int k, const float* xs, size_t ldx, float* sums,
                                  size_t ld) {
     F32 acc[MT][NT];
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
     for (int j = 0; j < k; ++j) {
         F32 w[NT];
-        for (int t = 0; t < NT; ++t) w[t] = load(panel + j * k_stride + t * tile_n);
-        for (int i = 0; i < MT; ++i)
-            for (int t = 0; t < NT; ++t) acc[i][t] = fma(acc[i][t], w[t], xs + i * ldx + j);
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) w[t] = load(panel + j * k_stride + t * tile_n);
+        LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = fma(acc[i][t], w[t], xs + i * ldx + j);
     }
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
 }
 
 inline void few_float(const Weights& w, const Call& call, const FloatRows& x, int begin, int end) {

@@ -49,9 +49,10 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
     x.planes = planes_of(a);
     const int padded_k = int(w.at.padded_k());
     x.ld = spread_stride(padded_k);
-    char* memory = static_cast<char*>(workspace(slot_rows, x.rows() * (x.ld + sizeof(int32_t) + 1) + 64));
+    const size_t row_bytes = round_up(x.rows(), 16) * x.ld;  // whole AMX tiles may be read
+    char* memory = static_cast<char*>(workspace(slot_rows, row_bytes + 16 * x.ld + x.rows() * (sizeof(int32_t) + 1)));
     x.at = reinterpret_cast<int8_t*>(memory);
-    x.sums = reinterpret_cast<int32_t*>(memory + x.rows() * x.ld);
+    x.sums = reinterpret_cast<int32_t*>(memory + row_bytes + 16 * x.ld);
     x.finite = reinterpret_cast<bool*>(x.sums + x.rows());
     const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
     with_dtype(call.dtype, [&](auto type) {
@@ -90,8 +91,8 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
                            int32_t* sums, size_t ld) {
     constexpr int chains = MT * NT <= 8 ? 2 : 1;
     I32 acc[chains][MT][NT];
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t) {
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
             acc[0][i][t] = i32_all(-table.offset * x.sums[row + i]);
             if (chains == 2) acc[chains - 1][i][t] = i32_all(0);
         }
@@ -99,18 +100,18 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
     const uint8_t* codes = w.codes + tile * tiles_k * tile_bytes;
     const int8_t* xs = x.row(row);
     for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
-        for (int t = 0; t < NT; ++t) {
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
             const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
             prefetch(at + 16 * tile_bytes);
             const Tile codes_16x8 = load_tile(at);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
-            for (int i = 0; i < MT; ++i) {
+            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) {
                 acc[0][i][t] = dot4(acc[0][i][t], low, xs + i * x.ld);
                 acc[chains - 1][i][t] = dot4(acc[chains - 1][i][t], high, xs + i * x.ld + 4);
             }
         }
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t)
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
             store(sums + i * ld + t * tile_n, chains == 2 ? add(acc[0][i][t], acc[1][i][t]) : acc[0][i][t]);
 }
 
@@ -119,16 +120,16 @@ template <int MT, int NT>
 inline void multiply_panel(const uint8_t* panel, size_t tile_stride, int k4, const int8_t* xs, size_t ldx, int32_t* sums,
                            size_t ld) {
     I32 acc[MT][NT];
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
     for (int g = 0; g < k4; ++g) {
         Bytes w[NT];
-        for (int t = 0; t < NT; ++t) w[t] = load_bytes(panel + t * tile_stride + size_t(g) * tile_bytes);
-        for (int i = 0; i < MT; ++i)
-            for (int t = 0; t < NT; ++t) acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * g);
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) w[t] = load_bytes(panel + t * tile_stride + size_t(g) * tile_bytes);
+        LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * g);
     }
-    for (int i = 0; i < MT; ++i)
-        for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
+        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
 }
 
 // Calls f with the largest compile-time size ≤ Max that fits `left`.

@@ -13,7 +13,6 @@ void w4a4_avx512vnni(const Weights&, const Activation&, const Call&);
 void w4a16_avx512vnni(const Weights&, const float* x_factor, const Call&);
 void w4a4_amx(const Weights&, const Activation&, const Call&);
 void w4a16_amx(const Weights&, const float* x_factor, const Call&);
-bool enable_amx();
 #endif
 
 struct KernelTable { const Kernels* rows; int count; };

@@ -11,7 +11,9 @@
 #include "../core/layout.h"
 #include "../core/scale.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define LLMFP4_ISA amx
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define LLMFP4_ISA avx512vnni
 #elif defined(__AVX2__)
 #define LLMFP4_ISA avx2
@@ -22,6 +24,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+// Accumulator blocks stay in registers only if every loop over them is unrolled; gcc stops at 16 statements by itself.
+#define LLMFP4_UNROLL _Pragma("GCC unroll 16")
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 

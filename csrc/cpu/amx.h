@@ -1,0 +1,69 @@
+// The vocabulary of AMX: eight tile registers of 16 rows x 64 bytes. Four hold sums, two the left side, two the right.
+//
+//              B0 B1        sum(i, j) [16 x 16] += A(i) [16 rows, 64 bytes of k] · B(j) [64 bytes of k, 16 outputs]
+//          A0  C0 C1
+//          A1  C2 C3        A row: int8 k..k+63 or bf16 k..k+31.  B row: one dword (4 int8 or 2 bf16 of k) per output.
+#pragma once
+#include "simd.h"
+
+namespace llmfp4::cpu::amx {
+
+// Sets up the tiles for this thread and puts back what was there: oneDNN remembers what it configured and does not look again.
+class TileSession {
+public:
+    TileSession() {
+        _tile_storeconfig(before_);
+        alignas(64) uint8_t config[64] = {};
+        config[0] = 1;  // palette
+        for (int tile = 0; tile < 8; ++tile) {
+            config[16 + 2 * tile] = 64;  // bytes a row
+            config[48 + tile] = 16;      // rows
+        }
+        _tile_loadconfig(config);
+    }
+    ~TileSession() { _tile_loadconfig(before_); }
+    TileSession(const TileSession&) = delete;
+    TileSession& operator=(const TileSession&) = delete;
+
+private:
+    alignas(64) uint8_t before_[64];
+};
+
+// gcc's tile intrinsics paste their argument into the assembly text and refuse a template parameter; `%c` takes one.
+template <int tile>
+inline void load_tile_register(const void* at, size_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(tile) : "memory");
+}
+template <int i>
+inline void load_a(const void* rows, size_t stride) { load_tile_register<4 + i>(rows, stride); }
+template <int j>
+inline void load_b(const void* rows) { load_tile_register<6 + j>(rows, 64); }
+template <int i, int j>
+inline void load_sum(const void* at, size_t stride) { load_tile_register<2 * i + j>(at, stride); }
+template <int i, int j>
+inline void zero_sum() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(2 * i + j)); }
+template <int i, int j>
+inline void store_sum(void* at, size_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(at), "r"(stride), "i"(2 * i + j) : "memory");
+}
+
+struct SignedByUnsigned {  // int8 activations, offset weight bytes, int32 sums
+    template <int i, int j>
+    static void multiply() {
+        __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(2 * i + j), "i"(4 + i), "i"(6 + j));
+    }
+};
+struct Bf16Pairs {  // bf16 both, fp32 sums
+    template <int i, int j>
+    static void multiply() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(2 * i + j), "i"(4 + i), "i"(6 + j));
+    }
+};
+
+// Two neighbouring columns of 16 outputs, exact in bf16, to one B row: dword n = (even k, odd k).
+inline Bytes pack_bf16(F32 even, F32 odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_mask_mov_epi16(low, 0xaaaaaaaau, _mm512_castps_si512(odd));
+}
+
+}  // namespace llmfp4::cpu::amx
