@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,17 @@ def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :k]
 
 
+def codes_shape(n: int, k: int, layout: str) -> list[int]:
+    """Shape of the codes of an [n, k] weight in a layout: "row" or "tiled" (tiles of 16 x 8, k padded to 64)."""
+    return [n, (k + 1) // 2] if layout == "row" else [-(-n // 16), -(-k // 64) * 8, 64]
+
+
 @dataclass
 class PackedFP4:
     """A weight [n, k] with 4 bits per value, and what the activations that meet it look like.
 
-    codes        uint8 [n, ceil(k/2)]   two codes a byte, row order, even k in the low nibble
+    codes        uint8 [n, ceil(k/2)]   two codes a byte, row order, even k in the low nibble; or, under a kernel,
+                                        the tiles of `layout.py` (layout = "tiled")
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None
@@ -53,14 +60,15 @@ class PackedFP4:
     x_scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     recipe: str = ""
+    layout: str = "row"
 
     TENSORS = ("codes", "row_scale", "group_scale", "x_scale", "shift")
 
     def __post_init__(self):
         n, k = self.shape
-        if self.codes.ndim != 2 or n < 1 or k < 1 or self.codes.shape[1] != (k + 1) // 2:
-            raise BadInput(f"codes of shape {list(self.codes.shape)} do not hold n x {k} 4-bit values, n and k ≥ 1")
-        self._check("codes", torch.uint8, list(self.codes.shape))
+        if n < 1 or k < 1:
+            raise BadInput(f"a packed weight needs n ≥ 1 and k ≥ 1, got n = {n}, k = {k}")
+        self._check("codes", torch.uint8, codes_shape(n, k, self.layout))
         self._check("row_scale", torch.float32, [n])
         if not self.row_scale.isfinite().all():
             raise BadInput(f"row_scale holds {int((~self.row_scale.isfinite()).sum())} values that are NaN or Inf")
@@ -91,7 +99,7 @@ class PackedFP4:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.k
+        return self.row_scale.numel(), self.k
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -132,20 +140,24 @@ class PackedFP4:
             scale=SCALES.get(scale),
             group_size=int(spec.get("group_size", 0)),
             recipe=spec.get("recipe", ""),
+            layout=spec.get("layout", "row"),
             **tensors,
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors above, and `spec` under the metadata key "llmfp4"."""
-        metadata = {"format": FORMAT, "version": str(VERSION), FORMAT: json.dumps(self.spec())}
-        write_safetensors(path, self.tensors, metadata)
+        """Write one safetensors file: the tensors above in row order, and `spec`, shape and recipe as metadata."""
+        if self.layout != "row":
+            raise BadInput(f"only row order is saved, these codes are in layout {self.layout!r}: unshuffle them first")
+        described = {"version": VERSION, "shape": self.shape} | self.spec()
+        write_safetensors(path, self.tensors, {"format": "pt", FORMAT: json.dumps(described)})
 
     @staticmethod
     def load(path: str | Path) -> PackedFP4:
         """Read what `save` wrote. Raises BadFile for a missing, truncated or foreign file."""
-        tensors, metadata = read_safetensors(path)
+        with open_safetensors(path) as file:
+            spec = json.loads(file.metadata()[FORMAT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         try:
-            spec = json.loads(metadata[FORMAT])
             unknown = set(tensors) - set(PackedFP4.TENSORS)
             if unknown:
                 raise BadInput(f"unknown tensors {sorted(unknown)}")
@@ -154,25 +166,32 @@ class PackedFP4:
             raise BadFile(f"{path} is not a packed FP4 tensor: {error!r}") from error
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write beside `path`, then rename, so that an interrupted write leaves the old file or none."""
-    from safetensors.torch import save_file
-
+def write_beside(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it, so that an interrupted write leaves the old file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
+    beside = Path(name)
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        write(beside)
+        beside.chmod(0o644)
+        beside.replace(path)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors (copied to the CPU) and metadata as one safetensors file, beside `path` first."""
+    from safetensors.torch import save_file
+
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_beside(path, lambda beside: save_file(whole, beside, metadata))
+
+
 def open_safetensors(path: str | Path):
-    """An open safetensors file whose metadata says it is ours, of a version we read. Raises BadFile."""
+    """An open safetensors file whose metadata names our format and a version we read. Raises BadFile."""
     from safetensors import safe_open
 
     if not Path(path).is_file():
@@ -183,13 +202,10 @@ def open_safetensors(path: str | Path):
     except Exception as error:
         size = Path(path).stat().st_size
         raise BadFile(f"{path} ({size} bytes) is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-        found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
-        raise BadFile(f"{path} holds {found}, expected format {FORMAT!r} version {VERSION}")
+    try:
+        version = json.loads(metadata[FORMAT])["version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFile(f"{path} is not of format {FORMAT!r}: its metadata is {metadata}") from error
+    if version != VERSION:
+        raise BadFile(f"{path} has version {version} of format {FORMAT!r}, this package reads {VERSION}")
     return file
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file that `write_safetensors` wrote. Raises BadFile."""
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()

@@ -1,0 +1,110 @@
+"""The C++ CPU kernels as rows of the registry. They share one layout, so a layer may use several, chosen by m."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .. import native
+from ..errors import NoKernel
+from ..formats import Element
+from ..layout import shuffle_scales, to_layout
+from ..packed import PackedFP4
+from ..problem import Kernel, Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _fields(element: Element) -> tuple[int, int, int]:
+    return element.exponent_bits, element.mantissa_bits, element.bias
+
+
+class Prepared:
+    """Tiles, scales and bias of one weight, and the C++ object that holds their addresses."""
+
+    def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
+        packed = to_layout(packed, "tiled")
+        self.n, self.k = packed.shape
+        # Scales may lie unaligned in a memory-mapped file; these copies are kept as long as the C++ object.
+        tensors = {"codes": packed.codes, "row_scale": packed.row_scale.clone()}
+        if bias is not None:
+            tensors["bias"] = bias.detach().float().clone()
+        if packed.shift is not None:
+            tensors["shift"] = packed.shift.clone()
+        if packed.group_scale is not None:
+            tensors["group_scale"] = shuffle_scales(packed.group_scale, self.n, self.k)
+        self.tensors = tensors
+        self._linear = native.module().Linear(
+            n=self.n,
+            k=self.k,
+            element=_fields(packed.element),
+            scale=packed.scale.name if packed.scale else "none",
+            group_size=packed.group_size,
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+        if packed.activation:
+            self._linear.quantize_activations(_fields(packed.activation), packed.x_scale.item())
+
+    def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        handle, dtype = _handle(kernel.name), _dtype(x.dtype)
+        m = x.numel() // self.k
+        self._linear.run(handle, x.data_ptr(), self.k, y.data_ptr(), m, dtype, torch.get_num_threads())
+        return y
+
+
+@functools.cache
+def _handle(name: str):
+    return native.module().kernel(name.removeprefix("cpu."))
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype):
+    return getattr(native.module().Dtype, str(dtype).removeprefix("torch."))
+
+
+def largest_k(element: Element, activation: Element, shift: bool) -> int:
+    """Most inputs whose integer sum surely fits int32: floor((2^31 - 1) / (largest products)).
+
+    Operands beyond int8 (E3M0 with a shift) are split into two int8 planes of at most 64.
+    """
+    largest = int(activation.max * activation.integer_scale) << (activation.max_shift if shift else 0)
+    return (2**31 - 1) // (int(element.max * element.integer_scale) * (largest if largest <= 127 else 64))
+
+
+def _refusal(isa: str, problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, the tensors are on {problem.device}"
+    if native.problem_with_module():
+        return native.problem_with_module()
+    row = native.cpu_kernels()[isa]
+    if not row["supported"]:
+        return f"this CPU lacks one of: {row['needs']}"
+    if problem.dtype not in DTYPES:
+        return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+    if problem.group_size % 8:
+        return f"group size {problem.group_size} is no multiple of 8"
+    if problem.activation and problem.scale:
+        return f"W4A4 with {problem.scale.name} scales per {problem.group_size} has no integer sum over all of k"
+    if problem.activation:
+        limit = largest_k(problem.element, problem.activation, problem.shift)
+        if problem.k > limit:
+            return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
+    from_m = row["w4a4_from_m" if problem.activation else "w4a16_from_m"]
+    return f"m = {problem.m} is below {from_m}, where its tiles fill" if problem.m < from_m else None
+
+
+def _kernel(isa: str) -> Kernel:
+    return Kernel(f"cpu.{isa}", "tiled", functools.partial(_refusal, isa), _prepare)
+
+
+def _prepare(packed: PackedFP4, bias: torch.Tensor | None) -> Prepared:
+    if packed.codes.device.type != "cpu":
+        raise NoKernel(f"the CPU kernels take CPU tensors, these are on {packed.codes.device}")
+    return Prepared(packed, bias)
+
+
+KERNELS = tuple(_kernel(isa) for isa in ("amx", "avx512vnni", "avx2", "scalar"))

@@ -1,0 +1,26 @@
+"""The float64 reference as the last row of the registry: any problem, any device, slow."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ..layout import to_layout
+from ..packed import PackedFP4
+from ..problem import Kernel, Problem
+
+
+class Prepared:
+    def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
+        self.packed, self.bias = to_layout(packed, "row"), bias
+
+    def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
+        y = reference.gemm(x.reshape(-1, self.packed.k), self.packed, self.bias)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def refusal(problem: Problem) -> str | None:
+    return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, expected a floating-point dtype"
+
+
+KERNELS = (Kernel("reference", "row", refusal, Prepared),)

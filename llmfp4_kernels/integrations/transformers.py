@@ -1,0 +1,236 @@
+"""transformers models: read dense ones, save and load quantized ones.
+
+A saved folder is an ordinary transformers folder: config.json with a `quantization_config` of method "llmfp4", and
+model.safetensors whose tensor names are those of FP4Linear. Importing this module registers the method.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..embedding import FP4Embedding
+from ..errors import BadFile, BadInput
+from ..formats import Recipe
+from ..formats import recipe as recipe_named
+from ..nn import FP4Linear, FP4Module
+from ..packed import FORMAT, VERSION, open_safetensors, write_safetensors
+
+WEIGHTS = "model.safetensors"
+
+
+@register_quantization_config(FORMAT)
+class LLMFP4Config(QuantizationConfigMixin):
+    """layers: {module name: {"kind": "linear" | "embedding", "recipe": name, "n", "k", "bias", "shares": other name}}"""
+
+    def __init__(self, layers: dict | None = None, version: int = VERSION, **kwargs):
+        self.quant_method = FORMAT
+        self.layers, self.version = layers or {}, version
+
+
+def _empty_layer(entry: dict, dtype: torch.dtype) -> FP4Module:
+    recipe: Recipe = recipe_named(entry["recipe"])
+    n, k = entry["n"], entry["k"]
+    if entry["kind"] == "embedding":
+        return FP4Embedding(n, k, device="meta", dtype=dtype, recipe=recipe)
+    return FP4Linear(k, n, entry["bias"], device="meta", dtype=dtype, recipe=recipe)
+
+
+@register_quantizer(FORMAT)
+class LLMFP4Quantizer(HfQuantizer):
+    """Puts empty FP4 layers into a model on meta, so that loading never materialises their full-precision weights."""
+
+    requires_calibration = False
+    is_compileable = True
+    is_trainable = True
+
+    def validate_environment(self, *args, **kwargs):
+        if not self.pre_quantized:
+            raise BadInput("llmfp4 quantizes with quantize_model and calibration data, not while loading a dense model")
+
+    def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
+        self.dtype = dtype or torch.get_default_dtype()
+        for name, entry in self.quantization_config.layers.items():
+            # A module without tensors stands in for a table that will share a head's: the file has none of its own.
+            layer = nn.Module() if "shares" in entry else _empty_layer(entry, self.dtype)
+            layer._is_hf_initialized = True
+            model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, entry in self.quantization_config.layers.items():
+            if "shares" in entry:
+                head = model.get_submodule(entry["shares"])
+                model.set_submodule(name, FP4Embedding.sharing(head, self.dtype, model.config.pad_token_id))
+
+    def is_serializable(self, *args, **kwargs):
+        return False  # save_quantized writes these models
+
+
+def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) from a local transformers folder or a .gguf file. Raises BadFile if there is none."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadFile(f"there is no file {path}")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise BadFile(f"{path} ({path.stat().st_size} bytes) does not start with GGUF")
+        where, source = path.parent, {"gguf_file": path.name}
+    else:
+        if not (path / "config.json").is_file():
+            raise BadFile(f"{path} is no transformers folder: it has no config.json")
+        where, source = path, {}
+    try:
+        config = AutoConfig.from_pretrained(where, local_files_only=True, **source)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **source)
+        model = _model_class(config).from_pretrained(where, dtype=dtype, local_files_only=True, use_safetensors=True, **source)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadFile(f"{path} cannot be read as a model: {error}") from error
+    if source:
+        # The weights are plain floats now; the mark of the file format would forbid saving them.
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            if hasattr(model, attribute):
+                delattr(model, attribute)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+def _model_class(config):
+    """The class that wrote the checkpoint, so that encoders and classifiers load as what they are."""
+    names = config.architectures or []
+    return getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
+
+
+def _layer_entries(model: nn.Module) -> dict[str, dict]:
+    entries, owner = {}, {}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, FP4Module)}
+    # Heads first: an embedding shares the head's codes, not the other way round.
+    for name, module in sorted(modules.items(), key=lambda item: isinstance(item[1], FP4Embedding)):
+        kind = "embedding" if isinstance(module, FP4Embedding) else "linear"
+        entry = {"kind": kind, "recipe": module.recipe, "n": module.out_features, "k": module.in_features}
+        if kind == "linear":
+            entry["bias"] = module.bias is not None
+        if id(module.codes) in owner:
+            entry["shares"] = owner[id(module.codes)]
+        owner.setdefault(id(module.codes), name)
+        entries[name] = entry
+    return entries
+
+
+def _tensors_to_save(model: nn.Module, entries: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """The state dict without second names of shared tensors."""
+    shared = tuple(f"{name}." for name, entry in entries.items() if "shares" in entry)
+    saved, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if not (shared and name.startswith(shared)) and not (tensor.numel() and key in seen):
+            saved[name] = tensor
+            seen.add(key)
+    return saved
+
+
+def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report=None) -> None:
+    """Write a quantized transformers model: config.json, model.safetensors, tokenizer files, quantization_report.json.
+
+    The folder is written beside `out_dir` and renamed, so an interrupted save leaves the old folder or none.
+    Raises BadInput for a model without FP4 layers.
+    """
+    entries = _layer_entries(model)
+    if not entries:
+        raise BadInput(f"{type(model).__name__} has no FP4 layer: quantize_model comes first")
+    out_dir = Path(out_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["quantization_config"] = LLMFP4Config(entries).to_dict()
+        tied_head = entries.get("lm_head")
+        if tied_head is not None:
+            config["tie_word_embeddings"] = False  # packed layers share by name, see `layers`
+        (beside / "config.json").write_text(json.dumps(config, indent=1))
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(beside)
+        metadata = {"format": "pt", FORMAT: json.dumps({"version": VERSION})}
+        write_safetensors(beside / WEIGHTS, _tensors_to_save(model, entries), metadata)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        if report is not None:
+            (beside / "quantization_report.json").write_text(report.to_json())
+        _replace_folder(beside, out_dir)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    os.chmod(new, 0o755)
+    if path.exists():
+        if any(path.iterdir()) and not (path / "config.json").is_file():
+            raise BadInput(f"{path} exists and is no model folder: it is not replaced")
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        path.rename(old / "old")
+        new.rename(path)
+        shutil.rmtree(old)
+    else:
+        new.rename(path)
+
+
+def _check_folder(path: Path) -> dict:
+    """The config of a folder that save_quantized wrote, after a look at the header of its weights."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise BadFile(f"{path} is no model folder: it has no config.json")
+    try:
+        config = json.loads(config_file.read_text())
+        quantization = config.get("quantization_config") or {}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise BadFile(f"{config_file} is not JSON of a model: {error}") from error
+    if quantization.get("quant_method") != FORMAT or quantization.get("version") != VERSION:
+        found = f"method {quantization.get('quant_method')!r} version {quantization.get('version')!r}"
+        raise BadFile(f"{path} holds {found}, expected method {FORMAT!r} version {VERSION}")
+    with open_safetensors(path / WEIGHTS) as file:
+        present = set(file.keys())
+        for name, entry in quantization["layers"].items():
+            for tensor, expected in _empty_layer(entry, torch.float32).state_dict().items():
+                key = f"{name}.{tensor}"
+                if "shares" in entry:
+                    continue
+                if key not in present:
+                    raise BadFile(f"{path / WEIGHTS} lacks {key}, one of {len(quantization['layers'])} packed layers")
+                found = file.get_slice(key)
+                if tensor != "bias" and (found.get_shape() != list(expected.shape) or found.get_dtype() != "U8"):
+                    shape = f"{found.get_dtype()} {found.get_shape()}"
+                    raise BadFile(f"{key} in {path / WEIGHTS} is {shape}, expected U8 {list(expected.shape)}")
+    return config
+
+
+def load_quantized(path: str | Path):
+    """The model that save_quantized wrote, in eval mode. Full-precision weights of quantized layers never exist.
+
+    Raises BadFile for a missing, truncated or foreign folder, before anything is built.
+    """
+    path = Path(path)
+    _check_folder(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return _model_class(config).from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=config.dtype).eval()
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer saved beside a model."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} holds no tokenizer: {error}") from error

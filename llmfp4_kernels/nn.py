@@ -1,0 +1,213 @@
+"""FP4Linear: a drop-in for nn.Linear whose weight is packed 4-bit codes."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from . import layout, reference
+from .errors import BadInput
+from .formats import FP4_ELEMENTS, Recipe
+from .formats import recipe as recipe_named
+from .ops import CurrentMultiplier, Multiplier, as_bytes, packed_of
+from .packed import PackedFP4, codes_shape
+
+_BY_EXPONENT_BITS = {element.exponent_bits: element for element in FP4_ELEMENTS.values()}
+
+
+def _raw(*shape: int, device=None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False)
+
+
+class FP4Module(nn.Module):
+    """A packed weight [n, k] as a module: everything that defines it is a uint8 Parameter.
+
+    So `.half()`, autocast, safetensors, LoRA, offloading and pickle leave it intact:
+
+        codes        [n, ceil(k/2)]   or, once a CPU kernel has run, the tiles of layout.py; state_dict is always in row order
+        row_scale    [n, 4]           float32 bytes
+        elements     [2]              exponent bits of the weight's and the activation's element (0: 16-bit activations)
+        group_scale  [n, ceil(k/G)]   raw E8M0 or E4M3, recipes with groups
+        x_scale      [4]              float32 bytes, recipes with FP4 activations
+        shift        [k]              recipes with the pre-shifted exponent bias
+    """
+
+    TENSORS = ("codes", "row_scale", "elements", "group_scale", "x_scale", "shift")
+
+    def _set_format(self, k, n, recipe, scale, group_size):
+        self.in_features, self.out_features = k, n
+        self.recipe, self.scale, self.group_size = recipe, scale, group_size
+        self._spec: dict | None = None
+        self._current: CurrentMultiplier | None = None
+
+    def _fresh_tensors(self, recipe: Recipe, device):
+        n, k = self.out_features, self.in_features
+        activation = recipe.activation_elements
+        self.codes = _raw(*codes_shape(n, k, "row"), device=device)
+        self.row_scale = _raw(n, 4, device=device)
+        bits = [recipe.weight_elements[0].exponent_bits, activation[0].exponent_bits if activation else 0]
+        self.elements = nn.Parameter(torch.tensor(bits, dtype=torch.uint8, device=device), requires_grad=False)
+        self.group_scale = _raw(n, -(-k // recipe.group_size), device=device) if recipe.group_size else None
+        self.x_scale = nn.Parameter(as_bytes(torch.ones((), device=device)), False) if activation else None
+        self.shift = _raw(k, device=device) if recipe.preshift and activation else None
+
+    def _take(self, packed: PackedFP4):
+        n, k = packed.shape
+        self._set_format(k, n, packed.recipe, packed.scale, packed.group_size)
+        bits = [packed.element.exponent_bits, packed.activation.exponent_bits if packed.activation else 0]
+        tensors = {
+            "codes": packed.codes,
+            "row_scale": as_bytes(packed.row_scale),
+            "elements": torch.tensor(bits, dtype=torch.uint8, device=packed.codes.device),
+            "group_scale": packed.group_scale,
+            "x_scale": None if packed.x_scale is None else as_bytes(packed.x_scale),
+            "shift": packed.shift,
+        }
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.spec()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The packed codes (uint8): code that looks for a weight finds a device, and fails if it does arithmetic on it."""
+        return self.codes
+
+    def spec(self) -> dict:
+        """PackedFP4.spec of the weight; `elements` is read once."""
+        if self._spec is None:
+            weight_bits, activation_bits = self.elements.tolist()
+            if weight_bits not in _BY_EXPONENT_BITS or activation_bits not in (0, *_BY_EXPONENT_BITS):
+                raise BadInput(f"elements {[weight_bits, activation_bits]} name no 4-bit format: expected 1..3, and 0..3")
+            self._spec = {
+                "k": self.in_features,
+                "element": _BY_EXPONENT_BITS[weight_bits].name,
+                "activation": _BY_EXPONENT_BITS[activation_bits].name if activation_bits else None,
+                "scale": self.scale.name if self.scale else None,
+                "group_size": self.group_size,
+                "recipe": self.recipe,
+            }
+            # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
+            self._spec_text = {ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in ((2, "row"), (3, "tiled"))}
+        return self._spec
+
+    def op_arguments(self) -> tuple:
+        """(codes, row_scale, group_scale, x_scale, shift, spec) as the custom ops take them."""
+        self.spec()
+        codes = self.codes
+        return codes, self.row_scale, self.group_scale, self.x_scale, self.shift, self._spec_text[codes.ndim]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_current": None}  # addresses mean nothing in a copy
+
+    def packed(self) -> PackedFP4:
+        """The weight as a PackedFP4 in row order."""
+        return layout.to_layout(packed_of(*self.op_arguments()), "row")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [n, k] that the codes stand for."""
+        return reference.dequantize(self.packed(), dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes.ndim != 2:
+            destination[prefix + "codes"] = layout.unshuffle_codes(self.codes, self.out_features, self.in_features)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "codes" in state_dict and self.codes.ndim != 2:
+            self.codes.data = self.codes.new_empty(codes_shape(self.out_features, self.in_features, "row"))
+        for name in self.TENSORS:
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and tensor.dtype != torch.uint8:
+                raise BadInput(f"{prefix}{name} is {tensor.dtype} in the state dict, expected raw torch.uint8")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._spec = None
+
+
+class FP4Linear(FP4Module, nn.Linear):
+    """y [..., out_features] = x [..., in_features] times a packed FP4 weight, plus bias.
+
+    A fresh layer has codes and scales of zero. Weights are frozen; the gradient with respect to x is that of the
+    dequantized weight.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4"):
+        nn.Module.__init__(self)
+        if in_features < 1 or out_features < 1:
+            raise BadInput(f"in_features = {in_features} and out_features = {out_features} must be at least 1")
+        recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        self._set_format(in_features, out_features, recipe.name, recipe.group_scale, recipe.group_size)
+        self._fresh_tensors(recipe, device)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    @classmethod
+    def from_packed(cls, packed: PackedFP4, bias: torch.Tensor | None = None) -> FP4Linear:
+        """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype."""
+        if bias is not None and list(bias.shape) != [packed.shape[0]]:
+            raise BadInput(f"bias of shape {list(bias.shape)} does not match n = {packed.shape[0]}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._take(packed)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return self
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, recipe: str | Recipe | PackedFP4 = "llm-fp4", calibration=None) -> FP4Linear:
+        """Quantize an nn.Linear (weight [n, k]) or a transformers Conv1D (weight [k, n]).
+
+        calibration: activations [tokens, k] of the layer, for recipes that search or quantize activations.
+        A ready PackedFP4 may stand in place of the recipe. Raises BadInput for NaN/Inf, empty or mismatched input.
+        """
+        from .quantizer.pipeline import quantize_linear, weight_of
+
+        weight = weight_of(linear)
+        if not isinstance(recipe, PackedFP4):
+            recipe = quantize_linear(weight, recipe, calibration)
+        if recipe.shape != tuple(weight.shape):
+            raise BadInput(f"a packed weight of {list(recipe.shape)} does not match a layer of {list(weight.shape)}")
+        return cls.from_packed(recipe.to(weight.device), linear.bias)
+
+    def _fused_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None or self.bias.requires_grad else self.bias
+
+    def multiplier(self) -> Multiplier:
+        """The kernel side of this layer. On a CPU the first call replaces row order by tiles, one layer's memory at a time.
+
+        Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
+        """
+        current = self._current
+        if current is None or not current.holds(self._parameters.values()):
+            if self.codes.ndim == 2 and self.codes.device.type == "cpu" and not hasattr(self, "_hf_hook"):
+                self.codes.data = layout.shuffle_codes(self.codes, self.in_features)
+            *tensors, spec = self.op_arguments()
+            made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
+            current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
+        return current.multiplier
+
+    def kernel(self, m: int, dtype: torch.dtype = torch.float32) -> str:
+        """Name of the kernel that runs for m rows."""
+        return self.multiplier().choose(m, dtype)[0].name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            *tensors, spec = self.op_arguments()
+            y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec)
+        else:
+            y = self.multiplier()(x)
+        return y if self._fused_bias() is self.bias else y + self.bias.to(y.dtype)
+
+    def reset_parameters(self):
+        """Nothing to initialise: a fresh layer is all zeros until a checkpoint or a PackedFP4 fills it."""
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += f", recipe={self.recipe!r}"
+        if self.codes.device.type == "meta":
+            return text + ", on meta"
+        spec = self.spec()
+        return text + f", {spec['element']} x {spec['activation'] or '16-bit'}, kernel={self.kernel(1)}"

@@ -1,0 +1,173 @@
+"""torch.library custom ops: `llmfp4::linear` and its gradient with respect to the input.
+
+torch.compile and autograd see one op. Scales travel as raw uint8, which autocast and `.half()` leave alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import registry
+from .errors import BadInput
+from .packed import PackedFP4
+from .problem import Kernel, Prepared, Problem
+from .reference import dequantize
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 [...] → uint8 [..., 4], the same memory."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+def from_bytes(raw: torch.Tensor) -> torch.Tensor:
+    """Inverse of `as_bytes`; copies if the bytes lie unaligned."""
+    if raw.data_ptr() % 4:
+        raw = raw.clone()
+    return raw.view(torch.float32).squeeze(-1)
+
+
+@functools.lru_cache(maxsize=None)
+def _parse(spec: str) -> dict:
+    return json.loads(spec)
+
+
+def packed_of(codes, row_scale, group_scale, x_scale, shift, spec: str) -> PackedFP4:
+    """The PackedFP4 that the arguments of an op describe; checks shapes, dtypes and bytes."""
+    tensors = {
+        "codes": codes,
+        "row_scale": from_bytes(row_scale),
+        "group_scale": group_scale,
+        "x_scale": None if x_scale is None else from_bytes(x_scale),
+        "shift": shift,
+    }
+    return PackedFP4.from_spec(_parse(spec), {name: t for name, t in tensors.items() if t is not None})
+
+
+@dataclass
+class Multiplier:
+    """A packed weight on its way through the kernels: the choice is made once per m and dtype."""
+
+    packed: PackedFP4
+    bias: torch.Tensor | None
+    choices: dict[tuple[int, torch.dtype], tuple[Kernel, Prepared]] = field(default_factory=dict)
+    prepared: dict[object, Prepared] = field(default_factory=dict)
+
+    def choose(self, m: int, dtype: torch.dtype) -> tuple[Kernel, Prepared]:
+        choice = self.choices.get((m, dtype))
+        if choice is None:
+            kernel = registry.choose(Problem.of(self.packed, m, dtype))
+            prepared = self.prepared.get(kernel.prepare)
+            if prepared is None:
+                prepared = self.prepared[kernel.prepare] = kernel.prepare(self.packed, self.bias)
+            choice = self.choices[m, dtype] = (kernel, prepared)
+        return choice
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k] → y [..., n], dtype of x."""
+        n, k = self.packed.shape
+        if x.shape[-1] != k or not x.is_floating_point():
+            raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
+        m = x.numel() // k
+        if m == 0:
+            return x.new_empty(*x.shape[:-1], n)
+        kernel, prepared = self.choose(m, x.dtype)
+        return prepared.run(kernel, x)
+
+
+class CurrentMultiplier:
+    """A Multiplier and the tensors it was made from, to notice when one is replaced, moved or written to."""
+
+    def __init__(self, tensors: list[torch.Tensor | None], multiplier: Multiplier):
+        self.tensors, self.multiplier = tensors, multiplier
+        self.versions = self._versions(tensors)
+
+    @staticmethod
+    def _versions(tensors):
+        return [0 if t is None or t.is_inference() else (t._version, t.data_ptr(), t.requires_grad) for t in tensors]
+
+    def holds(self, tensors) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        tensors = list(tensors)
+        return all(map(operator.is_, tensors, self.tensors)) and self._versions(tensors) == self.versions
+
+
+# For calls that come through the dispatcher with tensors only. An entry lives as long as the codes it was made from.
+_multipliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _multiplier(codes, row_scale, group_scale, x_scale, shift, bias, spec: str) -> Multiplier:
+    others = [row_scale, group_scale, x_scale, shift, bias]
+    known = _multipliers.get(codes)
+    if known is None or known[:3] != (spec, codes._version, codes.data_ptr()) or not known[3].holds(others):
+        packed = packed_of(codes.detach(), row_scale, group_scale, x_scale, shift, spec)
+        made = CurrentMultiplier(others, Multiplier(packed, bias))
+        known = _multipliers[codes] = (spec, codes._version, codes.data_ptr(), made)
+    return known[3].multiplier
+
+
+@torch.library.custom_op("llmfp4::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    spec: str,
+) -> torch.Tensor:
+    """Y [..., n] = X [..., k] times a packed weight (`spec` as PackedFP4.spec) plus bias [n]; dtype of X."""
+    return _multiplier(codes, row_scale, group_scale, x_scale, shift, bias, spec)(x)
+
+
+@linear.register_fake
+def _(x, codes, row_scale, group_scale, x_scale, shift, bias, spec):
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.custom_op("llmfp4::linear_dx", mutates_args=())
+def linear_dx(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    spec: str,
+) -> torch.Tensor:
+    """dX [..., k] = dY [..., n] times the dequantized weight; the rounding of activations passes straight through."""
+    from .layout import to_layout
+
+    packed = to_layout(packed_of(codes, row_scale, group_scale, x_scale, shift, spec), "row")
+    return grad @ dequantize(packed, grad.dtype)
+
+
+@linear_dx.register_fake
+def _(grad, codes, row_scale, group_scale, x_scale, shift, spec):
+    return grad.new_empty(*grad.shape[:-1], _parse(spec)["k"])
+
+
+def _keep(ctx, inputs, output):
+    _, *tensors, spec = inputs
+    ctx.spec, ctx.has_bias = spec, len(tensors) == 6
+    ctx.save_for_backward(*tensors[:5])
+
+
+def _backward(ctx, grad):
+    dx = torch.ops.llmfp4.linear_dx(grad.contiguous(), *ctx.saved_tensors, ctx.spec)
+    return dx, None, None, None, None, None, None, None
+
+
+def _double_backward(ctx, grad):
+    dy = torch.ops.llmfp4.linear(grad.contiguous(), *ctx.saved_tensors, None, ctx.spec)
+    return dy, None, None, None, None, None, None
+
+
+linear.register_autograd(_backward, setup_context=_keep)
+linear_dx.register_autograd(_double_backward, setup_context=_keep)

@@ -1,0 +1,313 @@
+"""Quantize a module tree layer by layer: choose the layers, calibrate, search, write, replace."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import reference
+from ..embedding import FP4Embedding
+from ..errors import BadFile, BadInput
+from ..formats import Recipe
+from ..formats import recipe as recipe_named
+from ..nn import FP4Linear
+from ..packed import PackedFP4, write_beside
+from .calibrate import LayerInputs, collect
+from .scales import quantize_weight, scale_of_largest
+from .search import search_linear
+
+EMBEDDING_RECIPE = "llm-fp4-a16"
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight [n, k] of an nn.Linear, nn.Embedding or transformers Conv1D (which keeps it as [k, n])."""
+    if type(layer).__name__ == "Conv1D":
+        return layer.weight.detach().T
+    if not isinstance(layer, nn.Linear | nn.Embedding) or isinstance(layer, FP4Linear):
+        raise BadInput(f"{type(layer).__name__} is no dense linear layer: expected nn.Linear or Conv1D")
+    return layer.weight.detach()
+
+
+def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None) -> PackedFP4:
+    """Pack a weight [n, k]. calibration: activations [tokens, k] or LayerInputs, if the recipe needs them.
+
+    Raises BadInput for NaN/Inf, empty, mismatched or missing input.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    inputs = calibration if isinstance(calibration, LayerInputs | None) else LayerInputs(x=calibration)
+    if recipe.needs_calibration:
+        if inputs is None or inputs.x is None:
+            raise BadInput(f"recipe {recipe.name!r} needs calibration activations [tokens, k], got none")
+        if inputs.x.ndim != 2 or inputs.x.shape[0] < 1 or inputs.x.shape[1] != weight.shape[-1]:
+            raise BadInput(f"calibration of shape {list(inputs.x.shape)} does not match [tokens ≥ 1, k = {weight.shape[-1]}]")
+        reference.require_finite("calibration", inputs.x)
+    if recipe.search:
+        return search_linear(
+            inputs.x,
+            weight,
+            activation_bits=4 if recipe.activation_elements else 16,
+            preshift=recipe.preshift,
+            channel_max=inputs.channel_max,
+            weight_elements=recipe.weight_elements,
+            activation_elements=recipe.activation_elements or None,
+        ).packed(recipe.name)
+    packed = quantize_weight(weight, recipe)
+    if not recipe.activation_elements:
+        return packed
+    largest = inputs.x.abs().amax() if inputs.channel_max is None else inputs.channel_max.amax()
+    activation = recipe.activation_elements[0]
+    return dataclasses.replace(packed, activation=activation, x_scale=scale_of_largest(largest.float(), activation))
+
+
+@dataclass
+class Report:
+    """What was quantized, what was left out and why."""
+
+    layers: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+    coverage: float = 0.0
+    """Share of the model's parameters that are now 4-bit codes."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@dataclass
+class Plan:
+    recipes: dict[str, Recipe]
+    """Layers to quantize, in module order."""
+    shared: dict[str, str]
+    """Embeddings that share the weight of a layer in `recipes` and will share its codes."""
+    skipped: list[dict]
+
+
+def _matches(name: str, globs) -> str | None:
+    return next((glob for glob in globs if fnmatchcase(name, glob) or fnmatchcase(name.rsplit(".", 1)[-1], glob)), None)
+
+
+def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dict[str, str]) -> Plan:
+    """Which layers get which recipe, and a reason for every other module with parameters.
+
+    Embeddings are quantized only where an include glob other than "*" names them.
+    """
+    plan, others, owner = Plan({}, {}, []), {}, {}
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
+    for name, module in [*linears.items(), *tables.items()]:
+        is_table = name in tables
+        wanted = _matches(name, [glob for glob in include if glob != "*"] if is_table else include)
+        excluded = _matches(name, exclude)
+        reason = None
+        if isinstance(module, FP4Linear):
+            reason = "is FP4 already"
+        elif excluded:
+            reason = f"excluded by {excluded!r}"
+        elif not wanted:
+            reason = "an embedding, not named by include" if is_table else f"not included by {list(include)}"
+        elif min(weight_of(module).shape) < 1:
+            reason = f"its weight is {list(weight_of(module).shape)}"
+        if reason:
+            plan.skipped.append({"name": name, "reason": reason})
+            continue
+        pointer = module.weight.data_ptr()
+        if is_table and pointer in owner:
+            plan.shared[name] = owner[pointer]
+            continue
+        owner[pointer] = name
+        chosen = _matches(name, overrides)
+        plan.recipes[name] = recipe_named(overrides[chosen] if chosen else EMBEDDING_RECIPE if is_table else recipe.name)
+    for module in modules.values():
+        if not isinstance(module, nn.Linear | nn.Embedding) and type(module).__name__ != "Conv1D":
+            count = sum(p.numel() for p in module.parameters(recurse=False))
+            if count:
+                kind = others.setdefault(type(module).__name__, [0, 0])
+                kind[0], kind[1] = kind[0] + 1, kind[1] + count
+    for kind, (modules_of_kind, count) in others.items():
+        reason = f"no linear layer ({count} parameters in all)"
+        plan.skipped.append({"name": f"{modules_of_kind} x {kind}", "reason": reason})
+    return plan
+
+
+def _check(model: nn.Module, plan: Plan, calibration) -> None:
+    if not plan.recipes:
+        raise BadInput(f"no layer of {type(model).__name__} is to be quantized: {len(plan.skipped)} were left out")
+    for name in plan.recipes:
+        reference.require_finite(f"weight of {name}", model.get_submodule(name).weight)
+    searching = [r.name for name, r in plan.recipes.items() if r.needs_calibration]
+    if searching and not calibration:
+        raise BadInput(f"recipe {searching[0]!r} needs calibration for {len(searching)} layers, got none")
+    if calibration is not None and any(torch.is_tensor(b) and b.numel() == 0 for b in calibration):
+        raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
+
+
+def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | None) -> float:
+    """|Y_q - Y|² / |Y|² of the layer's output on x [tokens, k], or of the weight itself without x."""
+    quantized = reference.dequantize(packed)
+    if x is None:
+        return ((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
+    y = x @ weight.T
+    if packed.activation:
+        x = reference.dequantize_activation(reference.quantize_activation(x, packed), packed)
+    return ((x @ quantized.T - y).square().sum() / y.square().sum().clamp_min(1e-30)).item()
+
+
+class WorkDir:
+    """Finished layers on disk: a safetensors file and, written last, its report row with a fingerprint of all it depends on."""
+
+    def __init__(self, path: str | Path | None, settings: str):
+        self.path = Path(path) if path else None
+        self.settings = settings
+
+    def fingerprint(self, recipe: Recipe, weight: torch.Tensor) -> str:
+        digest = hashlib.blake2b(f"{self.settings} {recipe} {list(weight.shape)}".encode(), digest_size=16)
+        digest.update(weight.float().contiguous().view(-1).cpu().numpy().data)
+        return digest.hexdigest()
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        stem = re.sub(r"[^\w.-]", "_", name)
+        return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
+
+    def load(self, name: str, fingerprint: str) -> tuple[PackedFP4, dict] | None:
+        """What an earlier run finished, if it depended on the same things."""
+        if not self.path or not all(file.is_file() for file in self._files(name)):
+            return None
+        tensors, row_file = self._files(name)
+        try:
+            row = json.loads(row_file.read_text())
+            if row.pop("fingerprint") != fingerprint:
+                return None
+            return PackedFP4.load(tensors), row
+        except (BadFile, KeyError, json.JSONDecodeError):
+            return None  # an interrupted or edited file: the layer is done again
+
+    def save(self, name: str, fingerprint: str, packed: PackedFP4, row: dict) -> None:
+        if self.path:
+            tensors, row_file = self._files(name)
+            packed.save(tensors)
+            write_beside(row_file, lambda beside: beside.write_text(json.dumps(row | {"fingerprint": fingerprint})))
+
+
+def _settings(calibration, sample_tokens: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in calibration or ():
+        for tensor in batch.values() if isinstance(batch, dict) else [batch]:
+            digest.update(repr(tensor.shape if torch.is_tensor(tensor) else tensor).encode())
+            if torch.is_tensor(tensor):
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return f"format 1, sample_tokens {sample_tokens}, calibration {digest.hexdigest()}"
+
+
+def _quantize_one(name: str, layer: nn.Module, recipe: Recipe, inputs: LayerInputs | None) -> tuple[PackedFP4, dict]:
+    started = time.perf_counter()
+    weight = weight_of(layer).float()
+    if recipe.needs_calibration and isinstance(layer, nn.Embedding):
+        # The output of a table is its rows: with one-hot inputs the output error is the table's own.
+        inputs = LayerInputs(x=torch.eye(weight.shape[1]))
+    packed = quantize_linear(weight, recipe, inputs)
+    x = inputs.x if inputs is not None else None
+    row = {
+        "name": name, "recipe": recipe.name, "n": packed.shape[0], "k": packed.shape[1], "element": packed.element.name,
+        "activation": packed.activation.name if packed.activation else None,
+        "relative_error": relative_error(weight, packed, x), "error_of": "weight" if x is None else "output",
+        "bits_per_weight": packed.bits_per_weight, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    return packed, row
+
+
+def _replace(model: nn.Module, name: str, packed: PackedFP4) -> None:
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Embedding):
+        model.set_submodule(name, FP4Embedding.from_packed(packed, layer.weight.dtype, layer.padding_idx))
+    else:
+        model.set_submodule(name, FP4Linear.from_packed(packed, layer.bias))
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: str | Recipe = "llm-fp4",
+    calibration=None,
+    *,
+    include=("*",),
+    exclude=("lm_head",),
+    overrides: dict[str, str] | None = None,
+    sample_tokens: int = 2048,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Replace the linear layers of `model` by FP4Linear, in place; every layer sees full-precision inputs (LLM-FP4 app. F).
+
+    calibration  batches for the model's forward: token ids [b, t], or dicts of keyword arguments
+    include, exclude, overrides  globs on module names or their last part; overrides maps a glob to another recipe's name.
+                 Embeddings are quantized where include names them (not by "*"); one that shares its weight with a
+                 quantized head shares its codes
+    work_dir     each finished layer is written there, and a run that finds it with the same settings goes on from it
+
+    Nothing is replaced before every layer is done. Raises BadInput before any work for NaN/Inf weights, an unknown
+    recipe, missing or empty calibration, or if no layer is left to quantize.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    total = sum(p.numel() for p in model.parameters())
+    plan = make_plan(model, recipe, include, exclude, overrides or {})
+    _check(model, plan, calibration)
+    work = WorkDir(work_dir, _settings(calibration, sample_tokens))
+    done, report = _run(model, plan, calibration, sample_tokens, work, progress)
+    for name, packed in done.items():
+        _replace(model, name, packed)
+    for name, owner in plan.shared.items():
+        if owner in done:
+            _share(model, name, owner)
+    quantized = sum(packed.shape[0] * packed.shape[1] for packed in done.values())
+    report.coverage = quantized / max(total, 1)
+    return report
+
+
+def _share(model: nn.Module, name: str, owner: str) -> None:
+    table = model.get_submodule(name)
+    shared = FP4Embedding.sharing(model.get_submodule(owner), table.weight.dtype, table.padding_idx)
+    model.set_submodule(name, shared)
+
+
+def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress) -> tuple[dict, Report]:
+    done, rows, prints, report = {}, {}, {}, Report(skipped=plan.skipped)
+    layers = {name: model.get_submodule(name) for name in plan.recipes}
+    for name, layer in layers.items():
+        prints[name] = work.fingerprint(plan.recipes[name], weight_of(layer)) if work.path else ""
+        found = work.load(name, prints[name])
+        if found:
+            done[name], rows[name] = found
+    pending = [name for name in layers if name not in done]
+    bar = tqdm(total=len(layers), initial=len(done), desc="quantize", disable=not progress)
+    for name, inputs in _inputs(model, pending, plan, calibration, sample_tokens):
+        recipe = plan.recipes[name]
+        if inputs is not None and inputs.x is None:
+            report.skipped.append({"name": name, "reason": "never called on the calibration data"})
+            continue
+        done[name], rows[name] = _quantize_one(name, layers[name], recipe, inputs)
+        work.save(name, prints[name], done[name], rows[name])
+        bar.update()
+    bar.close()
+    report.layers = [rows[name] for name in layers if name in rows]
+    return done, report
+
+
+def _inputs(model, names: list[str], plan: Plan, calibration, sample_tokens):
+    """(name, LayerInputs or None): None for layers that need no calibration."""
+    calibrated = [
+        name
+        for name in names
+        if plan.recipes[name].needs_calibration and not isinstance(model.get_submodule(name), nn.Embedding)
+    ]
+    yield from ((name, None) for name in names if name not in calibrated)
+    if calibrated:
+        yield from collect(model, calibrated, calibration, sample_tokens=sample_tokens)
