@@ -9,19 +9,20 @@ import torch
 
 from ..errors import BadInput
 from ..formats import Element
-from .scales import scale_of_largest, snap
+from .scales import row_slices, scale_of_largest, snap
 
 SHIFT_RULES = ("phase", "paper", "release", "floor")
 
-# (step of the lattice in delta and phase, probe tokens, candidates kept). Probes rank, all tokens decide.
-SCHEDULE = ((0.5, 192, 6), (0.25, 192, 4), (0.125, 512, 3), (0.0625, 512, 3))
+# (step in delta, probe tokens, candidates kept of each element). The step in phase is twice that. Probes rank, and all
+# tokens decide. Elements are kept apart while they are within MARGIN: those with more mantissa need a finer lattice.
+SCHEDULE = ((0.25, 256, 6), (0.125, 256, 4), (0.0625, 512, 4), (0.03125, 512, 4))
 REFINEMENT = SCHEDULE[2:]
-DELTAS = tuple(0.5 * i for i in range(-2, 9))
-PHASES = (0.25, 0.75)
+MARGIN = 1.3
+DELTAS = tuple(0.25 * i for i in range(-4, 15))
 
 
 def exponent_bias(largest: torch.Tensor, element: Element) -> torch.Tensor:
-    """LLM-FP4's real-valued bias b~ (float64) whose largest value is `largest`; +inf where that is 0 (a dead channel)."""
+    """LLM-FP4's real-valued bias b~ (float64) whose largest value is `largest`; +inf where that is 0."""
     return element.bias - torch.log2(largest.double() / element.max)
 
 
@@ -59,8 +60,8 @@ class Activation:
 
     def dequantize(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] float32 rounded to the grid; the same numbers as reference.quantize_activation's codes."""
-        inverse = torch.ldexp(torch.reciprocal(self.x_scale), self.shift.int())
-        step = torch.ldexp(self.x_scale, -self.shift.int())
+        shift, x_scale = self.shift.int(), self.x_scale.expand(self.shift.shape)
+        inverse, step = torch.ldexp(torch.reciprocal(x_scale), shift), torch.ldexp(x_scale, -shift)
         return snap(x * inverse, self.element).mul_(step)
 
     def same_as(self, other: Activation | None) -> bool:
@@ -75,8 +76,8 @@ class Activation:
 class OutputError:
     """Squared output error of the activation error f = xq - x: |f Wq^T + x E^T|^2 per token, E = Wq - W.
 
-    With k < n as f·(f H + 2c), H = Wq^T Wq, c = x E^T Wq, less the constant |x E^T|^2; every term is of the size
-    of the error, so that fp32 is enough.
+    With k < n as f·(f H + 2c) + |x E^T|^2, H = Wq^T Wq, c = x E^T Wq; every term is of the size of the error, so that
+    fp32 is enough.
     """
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, weight_q: torch.Tensor):
@@ -85,6 +86,7 @@ class OutputError:
         if self.quadratic:
             self.matrix = weight_q.T @ weight_q
             self.offset = x @ (error.T @ weight_q).mul_(2)
+            self.constant = sum((x @ error[rows].T).square_().sum(1) for rows in row_slices(weight))
         else:
             self.matrix = weight_q.T.contiguous()
             self.offset = x @ error.T
@@ -92,7 +94,9 @@ class OutputError:
     def __call__(self, f: torch.Tensor, tokens: torch.Tensor | slice) -> torch.Tensor:
         """[tokens] float32, for f [tokens, k]."""
         product = torch.addmm(self.offset[tokens], f, self.matrix)
-        return (product.mul_(f) if self.quadratic else product.square_()).sum(1)
+        if self.quadratic:
+            return product.mul_(f).sum(1).add_(self.constant[tokens])
+        return product.square_().sum(1)
 
 
 def probe_tokens(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,24 +135,39 @@ class ActivationSearch:
             shift = channel_shift(exponent_bias(self.channel_max, element), rho, element, self.rule, phase)
         return Activation(element, x_scale.float(), shift, (delta, phase))
 
-    def rank(self, candidates: list[Activation], error: OutputError, probe) -> list[Activation]:
-        """Candidates by their error on some tokens, best first; the first of equals stays first."""
+    def rank(self, candidates: list[Activation], error: OutputError, probe) -> list[tuple[float, Activation]]:
+        """(error on some tokens, candidate), best first; the first of equals stays first."""
         tokens, weights = probe
         x, totals = self.x[tokens], []
         for candidate in candidates:
             per_token = error(candidate.dequantize(x).sub_(x), tokens)
             totals.append(per_token.double() @ weights.double())
         totals = torch.stack(totals).nan_to_num(nan=math.inf, posinf=math.inf).tolist()
-        return [candidates[i] for i in sorted(range(len(candidates)), key=totals.__getitem__)]
+        return sorted(zip(totals, candidates), key=lambda ranked: ranked[0])
+
+    def keep(self, ranked: list[tuple[float, Activation]], count: int) -> list[Activation]:
+        """The best `count` of each element whose best is within MARGIN of the best of all."""
+        kept: dict[Element, list[Activation]] = {}
+        for total, candidate in ranked:
+            group = kept.setdefault(candidate.element, [])
+            if len(group) < count and (group or total <= ranked[0][0] * MARGIN):
+                group.append(candidate)
+        return [candidate for group in kept.values() for candidate in group]
+
+    def phases(self, element: Element, delta: float) -> tuple[float, ...]:
+        """Where the lattice begins: as the floor, the paper's and the release's rule would have it."""
+        if self.rule != "phase":
+            return (0.0,)
+        rho = element.bias - math.log2(scale_of_largest(self.largest.double(), element)) - self.unit_exponent + delta
+        return (0.0, 0.5, 0.5 + rho - round(rho))
+
+    def lattice(self) -> list[Activation]:
+        return [self.at(e, delta, phase) for e in self.elements for delta in DELTAS for phase in self.phases(e, delta)]
 
     def neighbours(self, center: Activation, step: float) -> list[Activation]:
         delta, phase = center.point
-        phases = {phase, max(0.0, phase - step), min(1.0, phase + step)} if self.rule == "phase" else {0.0}
+        phases = {phase, max(0.0, phase - 2 * step), min(1.0, phase + 2 * step)} if self.rule == "phase" else {0.0}
         return [self.at(center.element, d, p) for d in (delta, delta - step, delta + step) for p in sorted(phases)]
-
-    def lattice(self) -> list[Activation]:
-        phases = PHASES if self.rule == "phase" else (0.0,)
-        return [self.at(e, d, p) for e in self.elements for d in DELTAS for p in phases]
 
     def gamma_points(self) -> list[Activation]:
         """LLM-FP4's grid: biases gamma · b0, each at every phase where the rule has one."""
@@ -163,13 +182,13 @@ class ActivationSearch:
         """The best quantizer beside the weight `weight_q`; from round 2 on, around the incumbent."""
         error = OutputError(self.x, weight, weight_q)
         if self.gammas is not None:
-            return self.rank(self.gamma_points(), error, self.everything)[0]
+            return self.rank(self.gamma_points(), error, self.everything)[0][1]
         beam = self.lattice() if incumbent is None else [incumbent]
         for step, count, keep in SCHEDULE if incumbent is None else REFINEMENT:
             if step != SCHEDULE[0][0]:
-                beam = unique([c for center in beam for c in self.neighbours(center, step)])
-            beam = self.rank(beam, error, self.probes[count])[:keep]
-        return self.rank(unique(([incumbent] if incumbent else []) + beam), error, self.everything)[0]
+                beam = [c for center in beam for c in self.neighbours(center, step)]
+            beam = self.keep(self.rank(unique(beam), error, self.probes[count]), keep)
+        return self.rank(unique(([incumbent] if incumbent else []) + beam), error, self.everything)[0][1]
 
 
 def unique(candidates: list[Activation]) -> list[Activation]:

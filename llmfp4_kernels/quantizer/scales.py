@@ -40,14 +40,15 @@ def require_matrix(name: str, x: torch.Tensor) -> None:
         raise BadInput(f"{name} must be a matrix with at least one row and column, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:
         raise BadInput(f"{name} must have a float dtype, got {x.dtype}")
-    bad = sum(int((~rows.float().isfinite()).sum()) for rows in row_chunks(x))
+    bad = sum(int((~x[rows].float().isfinite()).sum()) for rows in row_slices(x))
     if bad:
         raise BadInput(f"{name} of shape {list(x.shape)} holds {bad} values that are NaN, Inf or beyond fp32")
 
 
-def row_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x [n, k] in runs of whole rows, CHUNK_ELEMENTS at most where a row allows it."""
-    return x.split(max(1, CHUNK_ELEMENTS // x.shape[1]))
+def row_slices(x: torch.Tensor, elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """The rows of x [n, k] in runs of at most `elements` values, one row at least."""
+    n, step = x.shape[0], max(1, elements // x.shape[1])
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def group_largest(w: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -122,8 +123,9 @@ def quantize_weight(weight: torch.Tensor, recipe: Recipe, *, e8m0_rule: str = "e
     if recipe.search or len(recipe.weight_elements) != 1:
         names = ", ".join(e.name for e in recipe.weight_elements)
         raise BadInput(f"recipe {recipe.name!r} searches its scales (elements {names}): use search_linear")
-    tensor_largest = torch.stack([rows.float().abs().amax() for rows in row_chunks(weight)]).amax()
-    parts = [_quantize_rows(rows.float(), tensor_largest, recipe, e8m0_rule) for rows in row_chunks(weight)]
+    chunks = row_slices(weight)
+    tensor_largest = torch.stack([weight[rows].float().abs().amax() for rows in chunks]).amax()
+    parts = [_quantize_rows(weight[rows].float(), tensor_largest, recipe, e8m0_rule) for rows in chunks]
     codes, row_scale, groups = zip(*parts)
     return PackedFP4(
         codes=torch.cat(codes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,28 +11,12 @@ from ..errors import BadInput
 from ..formats import FP4_ELEMENTS, Element, searched_elements
 from ..packed import PackedFP4
 from ..reference import decode, encode, quantize
-from .preshift import SHIFT_RULES, Activation, ActivationSearch, exponent_bias
-from .scales import require_matrix, row_chunks, scale_of_largest, snap
+from .preshift import SHIFT_RULES, Activation, ActivationSearch
+from .row_scales import Weight, WeightSearch
+from .scales import require_matrix, row_slices
 
 GAMMAS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
 """LLM-FP4's grid of factors on the bias; the authors' code evaluates the first 100 of 101 points."""
-COARSE = tuple(sorted((0.25 * i for i in range(-6, 9)), key=abs))
-FINE = (-0.1875, -0.125, -0.0625, 0.0625, 0.125, 0.1875)
-PROBE_ROWS, PROBE_MARGIN = 128, 1.2
-"""A format whose coarse error on this many rows is 1.2 times the best one's is not searched further."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A quantized weight inside the search: element · row_scale[n]."""
-
-    element: Element
-    row_scale: torch.Tensor
-    delta: torch.Tensor
-
-    def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
-        scale = self.row_scale[:, None]
-        return snap(weight / scale, self.element).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -90,76 +74,105 @@ class LinearSearch:
         )
 
 
-class WeightSearch:
-    """Element and row scales of least output error: each row picks its own scale, the layer its element.
+def output_mse(x: torch.Tensor, weight: torch.Tensor, weight_q: torch.Tensor, activation: Activation | None) -> float:
+    """Mean of (xq Wq^T - x W^T)^2 as (xq - x) Wq^T + x (Wq - W)^T, which keeps its digits in fp32."""
+    f = activation.dequantize(x).sub_(x) if activation else None
+    total = 0.0
+    for rows in row_slices(weight):
+        error = x @ (weight_q[rows] - weight[rows]).T
+        if activation:
+            error.addmm_(f, weight_q[rows].T)
+        total += error.square_().sum(dtype=torch.float64).item()
+    return total / (x.shape[0] * weight.shape[0])
 
-    With e = wq - w, f = xq - x and D = f w the output error of a row is e'Ge + 2 e'(Xq'D) + |D|^2, G = Xq'Xq: one
-    k x k matrix instead of all tokens, and every term is of the size of the error, so that fp32 is enough.
+
+def _unit_exponent(largest: torch.Tensor) -> int:
+    """The exponent e with 2^(e-1) ≤ largest < 2^e; 0 for 0."""
+    return int(torch.frexp(largest.double()).exponent)
+
+
+def _check(x, weight, channel_max, rounds, grid, shift_rule, objective):
+    require_matrix("x", x)
+    require_matrix("weight", weight)
+    if x.shape[1] != weight.shape[1]:
+        raise BadInput(f"x has {x.shape[1]} channels and weight {list(weight.shape)} takes {weight.shape[1]}")
+    if channel_max is not None:
+        if list(channel_max.shape) != [x.shape[1]] or not channel_max.isfinite().all():
+            raise BadInput(f"channel_max must hold {x.shape[1]} finite numbers, got shape {list(channel_max.shape)}")
+        low = int((channel_max < x.abs().amax(0)).sum())
+        if low:
+            raise BadInput(f"channel_max is below the largest input of x in {low} of {x.shape[1]} channels")
+    if rounds < 1:
+        raise BadInput(f"rounds is {rounds}: at least 1 is needed")
+    for name, value, known in (
+        ("grid", grid, ("additive", "gamma")),
+        ("shift_rule", shift_rule, SHIFT_RULES),
+        ("objective", objective, ("mse",)),
+    ):
+        if value not in known:
+            raise BadInput(f"unknown {name} {value!r}: known are {', '.join(known)}")
+
+
+def search_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    rounds: int = 3,
+    grid: str = "additive",
+    preshift: bool = True,
+    shift_rule: str = "phase",
+    objective: str = "mse",
+    channel_max: torch.Tensor | None = None,
+    weight_elements: tuple[Element, ...] | None = None,
+    activation_elements: tuple[Element, ...] | None = None,
+) -> LinearSearch:
+    """Formats, row scales, x_scale and shift of a linear layer by the mean squared error of its output.
+
+    x [tokens, k] are the inputs of the full-precision layer and weight [n, k] its weight, on one device, any float
+    dtype. Bits are 4, 6 or 8; activation_bits=16 leaves activations as they are, and one weight search suffices.
+    Weights and activations are searched in turn, each beside the other's last choice, and the best pair of all rounds
+    is kept. channel_max [k] gives the largest magnitudes over all calibration tokens when x is a sample of them.
+
+    grid        "additive": bias b0 + delta, delta in -1..2 per row and -1..4 per tensor
+                "gamma": the paper's 100 factors 0.01..1.2 on the bias b0 of the largest magnitude
+    shift_rule  how channel biases become integer shifts (see preshift.channel_shift); "phase" searches it
+
+    Raises BadInput for NaN, Inf, empty or mismatched tensors and unknown options.
     """
+    _check(x, weight, channel_max, rounds, grid, shift_rule, objective)
+    x, weight = x.float(), weight.float()
+    channel_max = x.abs().amax(0) if channel_max is None else channel_max.float()
+    x_unit, w_unit = _unit_exponent(channel_max.amax()), _unit_exponent(weight.abs().amax())
+    # Powers of two: every product and code stays what it was, and squares of tiny or huge inputs stay in range.
+    x1, w1 = torch.ldexp(x, torch.tensor(-x_unit)), torch.ldexp(weight, torch.tensor(-w_unit))
+    gammas = GAMMAS if grid == "gamma" else None
+    weight_search = WeightSearch(x1, w1, weight_elements or searched_elements(weight_bits), gammas, w_unit)
+    activation_search = None
+    if activation_bits != 16:
+        elements = activation_elements or searched_elements(activation_bits)
+        maxima = torch.ldexp(channel_max, torch.tensor(-x_unit))
+        activation_search = ActivationSearch(x1, maxima, elements, shift_rule if preshift else None, gammas, x_unit)
+    mse, w_best, a_best = _alternate(x1, w1, weight_search, activation_search, rounds)
+    if a_best:
+        a_best = replace(a_best, x_scale=torch.ldexp(a_best.x_scale, torch.tensor(x_unit)))
+    row_scale = torch.ldexp(w_best.row_scale, torch.tensor(w_unit))
+    return LinearSearch(weight, w_best.element, row_scale, a_best, preshift, math.ldexp(mse, 2 * (x_unit + w_unit)))
 
-    def __init__(self, weight: torch.Tensor, elements: tuple[Element, ...], gammas, unit_exponent: int):
-        self.weight, self.elements, self.gammas, self.unit_exponent = weight, elements, gammas, unit_exponent
-        self.largest = weight.abs().amax(1).double()
 
-    def row_scale(self, element: Element, delta: torch.Tensor, rows=slice(None)) -> torch.Tensor:
-        return (scale_of_largest(self.largest[rows], element) * torch.exp2(-delta)).float()
-
-    def deltas(self, element: Element, rows) -> list[torch.Tensor]:
-        """The grid as offsets [rows] (float64) to the bias that just holds the row's largest weight."""
-        if self.gammas is None:
-            return [torch.full_like(self.largest[rows], delta) for delta in COARSE]
-        scale = scale_of_largest(self.largest[rows], element)
-        b0 = element.bias - torch.log2(scale) - self.unit_exponent
-        return [(gamma - 1) * b0 for gamma in self.gammas]
-
-    def best(self, element, deltas, rows, gram, cross, best=None):
-        """(error [rows], delta [rows]) of the best candidate per row; the first of equals wins."""
-        w = self.weight[rows]
-        for delta in deltas:
-            scale = self.row_scale(element, delta, rows)[:, None]
-            e = snap(w / scale, element).mul_(scale).sub_(w)
-            product = e @ gram if cross is None else torch.addmm(cross, e, gram)
-            error = product.mul_(e).sum(1).nan_to_num(nan=math.inf, posinf=math.inf)
-            if best is None:
-                best = error, delta
-            else:
-                better = error < best[0]
-                best = torch.where(better, error, best[0]), torch.where(better, delta, best[1])
-        return best
-
-    def contenders(self, gram, cross) -> tuple[Element, ...]:
-        """The elements worth a full search, judged by some of the rows on the coarse grid."""
-        n = self.weight.shape[0]
-        rows = torch.arange(0, n, max(1, n // PROBE_ROWS), device=self.weight.device)
-        totals = [self.best(e, self.deltas(e, rows), rows, gram, cross(rows))[0].sum() for e in self.elements]
-        limit = max(0.0, min(totals)) * PROBE_MARGIN
-        return tuple(e for e, total in zip(self.elements, totals) if total <= limit)
-
-    def __call__(self, x: torch.Tensor, xq: torch.Tensor) -> Weight:
-        """The best weight beside the quantized inputs xq [tokens, k] of x."""
-        gram, f = xq.T @ xq, None if xq is x else xq - x
-
-        def cross(rows):
-            """2 Xq'D of some rows, [rows, k]"""
-            return None if f is None else ((f @ self.weight[rows].T).T @ xq).mul_(2)
-
-        elements = self.elements
-        found = []
-        for element in elements:
-            found.append(self._search_rows(element, gram, cross))
-        index = min(range(len(found)), key=lambda i: found[i][0])
-        element, delta = elements[index], found[index][1]
-        return Weight(element, self.row_scale(element, delta), delta)
-
-    def _search_rows(self, element, gram, cross):
-        """(total error, delta [n])"""
-        errors, deltas, start = [], [], 0
-        for chunk in row_chunks(self.weight):
-            rows = slice(start, start := start + len(chunk))
-            c = cross(rows)
-            best = self.best(element, self.deltas(element, rows), rows, gram, c)
-            if self.gammas is None:
-                best = self.best(element, [best[1] + offset for offset in FINE], rows, gram, c, best)
-            errors.append(best[0])
-            deltas.append(best[1])
-        return torch.cat(errors).double().sum().item(), torch.cat(deltas)
+def _alternate(x, weight, weight_search, activation_search, rounds) -> tuple[float, Weight, Activation | None]:
+    """(mse, weight, activation) of the best pair seen; ends early when the activation stays as it was."""
+    best, w, a = None, None, None
+    for _ in range(rounds):
+        a_before = a
+        w = weight_search(a)
+        weight_q = w.dequantize(weight)
+        if activation_search:
+            a = activation_search(weight, weight_q, a)
+        mse = output_mse(x, weight, weight_q, a)
+        if best is None or mse < best[0]:
+            best = mse, w, a
+        if a is None or a.same_as(a_before):
+            break
+    return best

@@ -1,0 +1,190 @@
+"""The inputs of linear layers of a full-precision model on calibration data, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import BadInput
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer was given. x and channel_max are None for a layer that was never called."""
+
+    x: torch.Tensor | None = None
+    """float32 [≤ sample_tokens, k]: a uniform sample of all its tokens, in their order"""
+    channel_max: torch.Tensor | None = None
+    """float32 [k]: largest magnitude of each channel over all tokens"""
+    tokens: int = 0
+    """tokens seen"""
+    keys: torch.Tensor | None = field(default=None, repr=False)
+    """float64: the random number of each sampled token; the sample is the tokens with the smallest ones"""
+
+    def with_tokens(self, x: torch.Tensor, sample_tokens: int) -> LayerInputs:
+        """Extended by the tokens x [t, k], float32. The numbers depend on the tokens' positions only."""
+        generator = torch.Generator().manual_seed(self.tokens)
+        keys = torch.rand(len(x), generator=generator, dtype=torch.float64)
+        channel_max = x.abs().amax(0)
+        if self.x is None:
+            old_keys, old_x = keys[:0], x[:0]
+        else:
+            old_keys, old_x, channel_max = self.keys, self.x, torch.maximum(channel_max, self.channel_max)
+        keys = torch.cat([old_keys, keys])
+        kept = keys.topk(min(sample_tokens, len(keys)), largest=False).indices.sort().values
+        old, new = kept[kept < len(old_x)], kept[kept >= len(old_x)] - len(old_x)
+        sample = torch.cat([old_x[old.to(x.device)], x[new.to(x.device)]])
+        return LayerInputs(sample, channel_max, self.tokens + len(x), keys[kept])
+
+
+_NOTHING = LayerInputs()
+
+
+class _PassComplete(Exception):
+    """Every layer of the pass has seen this batch: the rest of the forward is not needed."""
+
+
+class _Recorder:
+    """Pre-forward hooks of one pass. Layers fed by the same tensor object share one sample."""
+
+    def __init__(self, sample_tokens: int):
+        self.sample_tokens = sample_tokens
+        self.inputs: dict[str, LayerInputs] = {}
+        self.expected_calls: Counter | None = None
+        self.last = (None, None, None)
+
+    def start_batch(self) -> None:
+        self.calls: Counter = Counter()
+
+    def end_batch(self) -> None:
+        """The first batch runs to its end and tells how often a forward calls each layer."""
+        if self.expected_calls is None and set(self.calls) == set(self.inputs):
+            self.expected_calls = self.calls
+        self.last = (None, None, None)
+
+    def hook(self, name: str):
+        self.inputs[name] = _NOTHING
+
+        def record(module, args, kwargs):
+            self.record(name, args[0] if args else kwargs["input"])
+
+        return record
+
+    def record(self, name: str, x: torch.Tensor) -> None:
+        before = self.inputs[name]
+        last_x, last_before, last_after = self.last
+        if x is last_x and before is last_before:
+            self.inputs[name] = last_after
+        elif x.numel():
+            self.inputs[name] = before.with_tokens(_finite_tokens(name, x), self.sample_tokens)
+        self.last = (x, before, self.inputs[name])
+        self.calls[name] += 1
+        if self.expected_calls and all(self.calls[n] >= count for n, count in self.expected_calls.items()):
+            raise _PassComplete
+
+
+def _finite_tokens(name: str, x: torch.Tensor) -> torch.Tensor:
+    """x [..., k] as float32 [tokens, k]; raises BadInput naming the layer if it holds NaN or Inf."""
+    x = x.detach().reshape(-1, x.shape[-1]).float()
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        raise BadInput(f"the inputs of layer {name} hold {bad} values of {x.numel()} that are NaN or Inf")
+    return x
+
+
+def _in_features(module: nn.Module) -> int:
+    """k of nn.Linear, and of transformers' Conv1D, whose weight is [k, n]."""
+    return getattr(module, "in_features", None) or module.weight.shape[0]
+
+
+def group_passes(modules: dict[str, nn.Module], sample_tokens: int, budget_bytes: int) -> list[list[str]]:
+    """Consecutive layers whose samples (float32, old and new while a batch is added) fit the budget; one at least."""
+    passes, used = [], 0
+    for name, module in modules.items():
+        need = 2 * 4 * sample_tokens * _in_features(module)
+        if not passes or used + need > budget_bytes:
+            passes.append([])
+            used = 0
+        passes[-1].append(name)
+        used += need
+    return passes
+
+
+def _forward(model: nn.Module, batch) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        model(**{key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()})
+    else:
+        model(batch.to(device))
+
+
+def _run_pass(model: nn.Module, modules: dict[str, nn.Module], batches, sample_tokens: int) -> dict[str, LayerInputs]:
+    """The inputs of some layers over all batches. Leaves the model as it was, also after an exception."""
+    recorder = _Recorder(sample_tokens)
+    training = {module: module.training for module in model.modules()}
+    handles = []
+    try:
+        model.eval()
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True))
+        for batch in batches:
+            recorder.start_batch()
+            try:
+                with torch.no_grad():
+                    _forward(model, batch)
+            except _PassComplete:
+                pass
+            recorder.end_batch()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return recorder.inputs
+
+
+def _check(modules: dict[str, nn.Module], names, batches, sample_tokens: int) -> None:
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        raise BadInput(f"the model has no layer {', '.join(unknown)} ({len(unknown)} of {len(names)} names)")
+    if sample_tokens < 1:
+        raise BadInput(f"sample_tokens is {sample_tokens}: at least 1 is needed")
+    if not batches:
+        raise BadInput("calibration needs at least one batch, got none")
+    for i, batch in enumerate(batches):
+        tensors = [v for v in (batch.values() if isinstance(batch, dict) else [batch]) if isinstance(v, torch.Tensor)]
+        if not tensors or any(t.numel() == 0 for t in tensors):
+            raise BadInput(f"calibration batch {i} of {len(batches)} holds no tokens")
+
+
+def collect(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[torch.Tensor | dict],
+    *,
+    sample_tokens: int = 2048,
+    budget_bytes: int = 2 << 30,
+) -> Iterator[tuple[str, LayerInputs]]:
+    """Yield (name, LayerInputs) for each named layer, in the order of `names`, from the model as it is.
+
+    batches are token ids [b, t], any other tensor the model takes, or dicts of its forward's keyword arguments.
+    Layers are run in passes whose samples fit `budget_bytes`, so give `names` in the model's order; a pass ends each
+    forward once its layers were called as often as in the first batch. The same calls give the same samples.
+
+    Raises BadInput at once for unknown names and empty batches, and while iterating for NaN or Inf inputs.
+    """
+    modules, names, batches = dict(model.named_modules()), list(names), list(batches)
+    _check(modules, names, batches, sample_tokens)
+    wanted = {name: modules[name] for name in names}
+
+    def run() -> Iterator[tuple[str, LayerInputs]]:
+        for group in group_passes(wanted, sample_tokens, budget_bytes):
+            inputs = _run_pass(model, {name: wanted[name] for name in group}, batches, sample_tokens)
+            for name in group:
+                yield name, inputs.pop(name)
+
+    return run()
