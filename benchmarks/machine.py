@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
-import platform
 import subprocess
 from pathlib import Path
 
+import torch
+
+from llmfp4_kernels import environment
+
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
-
-
-def _proc(path: str, key: str) -> str:
-    """The first value of `key` in a file of "key : value" lines under /proc; "" where there is none."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), "")
 
 
 def _git(*arguments: str) -> str:
@@ -42,30 +36,10 @@ def load() -> float:
 
 
 def machine() -> dict:
-    """CPU, memory (GB), threads, GPUs, versions and date. Strings, numbers and lists only."""
-    import torch
-    import transformers
-
-    kilobytes = _proc("/proc/meminfo", "MemTotal").removesuffix("kB").strip()
-    flags = set(_proc("/proc/cpuinfo", "flags").split())
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return {
-        "cpu": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(int(kilobytes) / 1e6, 1) if kilobytes else None,
-        "load": load(),
-        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    """CPU, memory (GB), threads, GPUs, versions, load and date. Strings, numbers, lists and dicts of them."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return environment.machine() | {"threads": torch.get_num_threads(), "load": load(), "date": now}
 
 
 if __name__ == "__main__":
-    import json
-
     print(json.dumps({**machine(), "commit": commit()}, indent=2))

@@ -33,11 +33,11 @@ def load_ids(tokenizer, text: str | Path, max_tokens: int | None = None) -> torc
 
     Raises BadFile for a missing file, BadInput if the text holds no token.
     """
-    source = f"the text of {len(text)} characters"
+    source = str(text) if isinstance(text, Path) else "the text"
     if isinstance(text, Path):
-        source, text = str(text), read_text(text, CHARACTERS_PER_TOKEN * max_tokens if max_tokens else -1)
+        text = read_text(text, CHARACTERS_PER_TOKEN * max_tokens if max_tokens else -1)
     if not text.strip():
-        raise BadInput(f"{source} holds 0 tokens: it has {len(text)} characters, all of them white space")
+        raise BadInput(f"{source} holds 0 tokens: it has {len(text)} characters, none of them printable")
     # verbose=False: the whole text is longer than the model's context on purpose.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if not len(ids):

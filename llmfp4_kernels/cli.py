@@ -1,0 +1,170 @@
+"""The command line: quantize, eval, generate, inspect, info, explain. A command is a function from options to a dict.
+
+With --json the dict goes to stdout as it is; otherwise a second function prints it. An error the package raises on
+purpose is one line on stderr, {"error": ...} on stdout with --json, and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import commands, formats
+from .errors import BadInput, LLMFP4Error
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong options as BadInput, so that they leave by the same door as every other error."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (see '{self.prog} --help')")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def info(args) -> dict:
+    from .environment import environment
+
+    return environment()
+
+
+def show_info(result: dict) -> str:
+    native, cuda = result["native"], result["cuda"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in result["versions"].items())
+    lines = [
+        f"machine    {result['cpu']}, {result['cores']} cores, {result['memory_gb']} GB, {result['system']}",
+        f"ISA        {' '.join(result['flags']) or 'none of those the kernels use'}",
+        f"GPU        {', '.join(result['gpus']) or 'none'}; torch's CUDA: {cuda['torch_cuda'] or 'none'}; "
+        f"nvcc: {cuda['nvcc'] or 'not found'}",
+        f"versions   python {result['python']}, {versions}",
+    ]
+    if native["built"]:
+        built = f"compiler {native['compiler']}, CUDA {' '.join(native['cuda_architectures']) or 'not built'}"
+        lines.append(f"native     {native['file']} ({built}); {native['threads']} threads ({native['thread_team']})")
+    else:
+        lines.append(f"native     not built: {native['reason']}")
+    for row in result["kernels"]:
+        lines.append(
+            f"kernel     {row['name']:16} " + (row["refusal"] or f"takes {row['takes']} of {row['of']} probes")
+        )
+    return "\n".join(lines)
+
+
+def _element(option: str | None, choices, of: str):
+    """The element of a recipe that --element or --activation names; e2m1 if neither does and the recipe has it."""
+    names = [element.name for element in choices]
+    if option and option not in names:
+        raise BadInput(f"{option!r} is no {of} of this recipe: it has {', '.join(names) or 'none'}")
+    return formats.element(option or ("e2m1" if "e2m1" in names else names[0])) if names else None
+
+
+def explain(args) -> dict:
+    import torch
+
+    from .problem import Problem
+    from .registry import explain as walk
+
+    recipe = formats.recipe(args.recipe)
+    problem = Problem(
+        m=args.m, n=args.n, k=args.k,
+        element=_element(args.element, recipe.weight_elements, "weight element"),
+        activation=_element(args.activation, recipe.activation_elements, "activation element"),
+        scale=recipe.group_scale, group_size=recipe.group_size,
+        shift=recipe.preshift and bool(recipe.activation_elements),
+        dtype=getattr(torch, args.dtype), device=args.device,
+    )  # fmt: skip
+    steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
+    return {
+        "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
+        "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
+        "dtype": args.dtype, "device": args.device, "walk": steps,
+        "runs": next((step["kernel"] for step in steps if step["refusal"] is None), None),
+    }  # fmt: skip
+
+
+def show_explain(result: dict) -> str:
+    activation = result["activation"] or result["dtype"]
+    lines = [
+        f"m = {result['m']}, n = {result['n']}, k = {result['k']}, {result['recipe']}: {result['element']} weights, "
+        f"{activation} activations{' with shift' if result['shift'] else ''}, on {result['device']}"
+    ]
+    for step in result["walk"]:
+        verdict = step["refusal"] or ("runs" if step["kernel"] == result["runs"] else "would run too")
+        lines.append(f"  {step['kernel']:16} {verdict}")
+    return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])
+
+
+def _add_model_commands(command) -> None:
+    """Options of the commands that take a model."""
+    c = command("quantize", commands.quantize, commands.show_quantize, "quantize a transformers folder or a .gguf file")
+    c.add_argument("model", type=Path, help="transformers folder or .gguf file")
+    c.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run resumes (OUT.partial)")
+    c.add_argument("--recipe", default="llm-fp4", help=f"one of {', '.join(formats.RECIPES)}")
+    c.add_argument("--calibration", type=Path, metavar="TEXT", help="UTF-8 text file")
+    c.add_argument("--tokens", type=positive, default=16384, help="calibration tokens (default 16384)")
+    c.add_argument("--include", action="append", metavar="GLOB", help="layers to quantize (default: all)")
+    c.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave out")
+    c.add_argument("--lm-head", action="store_true", help="quantize lm_head too")
+    c.add_argument("--embeddings", action="store_true", help="quantize the input embedding too")
+    c.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what stays dense (default bfloat16)")
+    c = command("eval", commands.evaluate, commands.show_evaluate, "perplexity of a quantized model")
+    c.add_argument("model", type=Path, help="folder that quantize wrote")
+    c.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    c.add_argument("--against", type=Path, metavar="MODEL", help="full-precision model to evaluate beside it")
+    c.add_argument("--tokens", type=positive, help="first tokens of the text only")
+    c = command("generate", commands.generate, commands.show_generate, "continue a prompt, greedily")
+    c.add_argument("model", type=Path, help="folder that quantize wrote")
+    c.add_argument("--prompt", required=True)
+    c.add_argument("--tokens", type=positive, default=64, help="new tokens at most (default 64)")
+    c.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    c = command("inspect", commands.inspect, commands.show_inspect, "formats and sizes of a quantized model or tensor")
+    c.add_argument("model", type=Path, help="folder that quantize wrote, or the file of one PackedFP4")
+
+
+def parser() -> Parser:
+    top = Parser(prog="llmfp4", description="Real FP4 matmul for LLMs.")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, show, summary):
+        sub = subparsers.add_parser(name, help=summary, description=summary)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.set_defaults(run=run, show=show)
+        return sub
+
+    _add_model_commands(command)
+    command("info", info, show_info, "machine, versions, native module, kernels available and why not")
+    c = command("explain", explain, show_explain, "what each kernel answers to one problem")
+    for name, what in (("m", "rows of activations"), ("n", "outputs"), ("k", "inputs")):
+        c.add_argument(f"--{name}", type=positive, required=True, help=what)
+    c.add_argument("--recipe", default="llm-fp4", help=f"one of {', '.join(formats.RECIPES)}")
+    c.add_argument("--element", help="weight element, where the recipe searches it (default e2m1)")
+    c.add_argument("--activation", help="activation element, where the recipe searches it (default e2m1)")
+    c.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of x and y")
+    c.add_argument("--device", default="cpu")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser().parse_args(argv)
+        result = args.run(args)
+    except (LLMFP4Error, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        if "--json" in argv:
+            print(json.dumps({"error": str(error)}))
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; quantize resumes where it stopped when it is called again", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=1) if args.json else args.show(result))
+    return 0
