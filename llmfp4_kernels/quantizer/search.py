@@ -87,8 +87,8 @@ def output_mse(x: torch.Tensor, weight: torch.Tensor, weight_q: torch.Tensor, ac
 
 
 def _unit_exponent(largest: torch.Tensor) -> int:
-    """The exponent e with 2^(e-1) ≤ largest < 2^e; 0 for 0."""
-    return int(torch.frexp(largest.double()).exponent)
+    """The exponent e with 2^(e-1) ≤ largest < 2^e, held where 2^-e is a normal fp32; 0 for 0."""
+    return max(-120, min(120, int(torch.frexp(largest.double()).exponent)))
 
 
 def _check(x, weight, channel_max, rounds, grid, shift_rule, objective):
