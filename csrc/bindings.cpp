@@ -16,7 +16,9 @@ using namespace llmfp4;
 namespace {
 
 template <class T>
-T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 Element element_of(std::tuple<int, int, int> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
 
@@ -42,8 +44,15 @@ class Linear {
 public:
     Linear(int n, int k, std::tuple<int, int, int> element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
            const std::string& scale, uintptr_t group_scale, int group_size, uintptr_t shift)
-        : w_{{n, k}, element_of(element), pointer<uint8_t>(codes), pointer<float>(row_scale), pointer<float>(bias),
-             scale_kind_of(scale), pointer<uint8_t>(group_scale), group_size, group_size ? (k + group_size - 1) / group_size : 0},
+        : w_{{n, k},
+             element_of(element),
+             pointer<uint8_t>(codes),
+             pointer<float>(row_scale),
+             pointer<float>(bias),
+             scale_kind_of(scale),
+             pointer<uint8_t>(group_scale),
+             group_size,
+             group_size ? (k + group_size - 1) / group_size : 0},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
         for (int i = 0; i < k; ++i) factor_[i] = std::ldexp(1.0f, shift_ ? -int(shift_[i]) : 0);
@@ -64,7 +73,8 @@ public:
     }
 
     // x [m, k] of row stride ldx → y [m, n] contiguous, both of `dtype`.
-    void run(const cpu::Kernels& kernel, uintptr_t x, size_t ldx, uintptr_t y, int m, cpu::Dtype dtype, int threads) const {
+    void run(const cpu::Kernels& kernel, uintptr_t x, size_t ldx, uintptr_t y, int m, cpu::Dtype dtype,
+             int threads) const {
         const cpu::Call call{pointer<void>(x), pointer<void>(y), m, ldx, dtype, threads};
         py::gil_scoped_release release;
         if (inverse_.empty())
@@ -116,10 +126,11 @@ PYBIND11_MODULE(_C, m) {
         .value("float16", cpu::Dtype::f16);
     py::class_<cpu::Kernels>(m, "Kernel").def_readonly("name", &cpu::Kernels::name);
     py::class_<Linear>(m, "Linear")
-        .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int,
-                      uintptr_t>(),
-             py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"), py::arg("bias") = 0,
-             py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0, py::arg("shift") = 0)
+        .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&,
+                      uintptr_t, int, uintptr_t>(),
+             py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
+             py::arg("bias") = 0, py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0,
+             py::arg("shift") = 0)
         .def("quantize_activations", &Linear::quantize_activations, py::arg("element"), py::arg("x_scale"))
         .def("run", &Linear::run);
     m.def("kernels", &list_kernels);

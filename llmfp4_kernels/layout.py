@@ -13,9 +13,9 @@ from .packed import PackedFP4, codes_shape, unpack
 
 def shuffle_codes(codes: torch.Tensor, k: int) -> torch.Tensor:
     """Codes uint8 [n, ceil(k/2)] in row order → tiles [ceil(n/16), padded k / 8, 64], padded with code 0."""
-    n = codes.shape[0]
+    n, codes = codes.shape[0], codes.contiguous()  # a name keeps the copy alive while its address is in use
     tiles = torch.empty(codes_shape(n, k, "tiled"), dtype=torch.uint8)
-    native.module().shuffle(codes.contiguous().data_ptr(), tiles.data_ptr(), n, k)
+    native.module().shuffle(codes.data_ptr(), tiles.data_ptr(), n, k)
     return tiles
 
 
@@ -23,16 +23,16 @@ def unshuffle_codes(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Inverse of `shuffle_codes`."""
     if list(tiles.shape) != codes_shape(n, k, "tiled"):
         raise BadInput(f"tiles of shape {list(tiles.shape)} do not hold {n} x {k} codes")
-    codes = torch.empty(codes_shape(n, k, "row"), dtype=torch.uint8)
-    native.module().unshuffle(tiles.contiguous().data_ptr(), codes.data_ptr(), n, k)
+    codes, tiles = torch.empty(codes_shape(n, k, "row"), dtype=torch.uint8), tiles.contiguous()
+    native.module().unshuffle(tiles.data_ptr(), codes.data_ptr(), n, k)
     return codes
 
 
 def shuffle_scales(group_scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Group scales uint8 [n, groups] → [ceil(n/16), groups, 16], padded with byte 0."""
-    groups = group_scale.shape[1]
+    groups, group_scale = group_scale.shape[1], group_scale.contiguous()
     tiles = torch.empty(-(-n // 16), groups, 16, dtype=torch.uint8)
-    native.module().shuffle_scales(group_scale.contiguous().data_ptr(), tiles.data_ptr(), n, k, groups)
+    native.module().shuffle_scales(group_scale.data_ptr(), tiles.data_ptr(), n, k, groups)
     return tiles
 
 

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// Code shared by objects that are compiled for different instruction sets must never be emitted as a function of its own:
-// the linker would keep one copy for all, perhaps the AVX-512 one. The build checks the objects for that.
+// Code shared by objects that are compiled for different instruction sets must never be emitted as a function of its
+// own: the linker would keep one copy for all, perhaps the AVX-512 one. The build checks the objects for that.
 #define LLMFP4_INLINE __attribute__((always_inline)) inline
 #define LLMFP4_CONSTEXPR __attribute__((always_inline)) constexpr
 

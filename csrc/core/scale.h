@@ -30,9 +30,12 @@ LLMFP4_INLINE float decode_e4m3(uint8_t byte) {
 
 LLMFP4_INLINE float decode_scale(ScaleKind kind, uint8_t byte) {
     switch (kind) {
-        case ScaleKind::e8m0: return decode_e8m0(byte);
-        case ScaleKind::e4m3: return decode_e4m3(byte);
-        default: return 1.0f;
+        case ScaleKind::e8m0:
+            return decode_e8m0(byte);
+        case ScaleKind::e4m3:
+            return decode_e4m3(byte);
+        default:
+            return 1.0f;
     }
 }
 

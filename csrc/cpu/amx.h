@@ -8,7 +8,8 @@
 
 namespace llmfp4::cpu::amx {
 
-// Sets up the tiles for this thread and puts back what was there: oneDNN remembers what it configured and does not look again.
+// Sets up the tiles for this thread and puts back what was there: oneDNN remembers what it configured and does not look
+// again.
 class TileSession {
 public:
     TileSession() {
@@ -35,13 +36,21 @@ inline void load_tile_register(const void* at, size_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(tile) : "memory");
 }
 template <int i>
-inline void load_a(const void* rows, size_t stride) { load_tile_register<4 + i>(rows, stride); }
+inline void load_a(const void* rows, size_t stride) {
+    load_tile_register<4 + i>(rows, stride);
+}
 template <int j>
-inline void load_b(const void* rows) { load_tile_register<6 + j>(rows, 64); }
+inline void load_b(const void* rows) {
+    load_tile_register<6 + j>(rows, 64);
+}
 template <int i, int j>
-inline void load_sum(const void* at, size_t stride) { load_tile_register<2 * i + j>(at, stride); }
+inline void load_sum(const void* at, size_t stride) {
+    load_tile_register<2 * i + j>(at, stride);
+}
 template <int i, int j>
-inline void zero_sum() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(2 * i + j)); }
+inline void zero_sum() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(2 * i + j));
+}
 template <int i, int j>
 inline void store_sum(void* at, size_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(at), "r"(stride), "i"(2 * i + j) : "memory");

@@ -1,7 +1,8 @@
 // The equations of gemm_w4a4.h and gemm_w4a16.h on AMX tiles, for enough rows to fill them.
 //
-// W4A16 multiplies in bf16 without rounding anything: every element times group scale is exact in bf16 (≤ 6 significant bits), and
-// an activation is the exact sum of 1 (bf16), 2 (fp16) or 3 (fp32) bf16 parts, each multiplied with the same decoded weights.
+// W4A16 multiplies in bf16 without rounding anything: every element times group scale is exact in bf16 (≤ 6 significant
+// bits), and an activation is the exact sum of 1 (bf16), 2 (fp16) or 3 (fp32) bf16 parts, each multiplied with the same
+// decoded weights.
 #include "amx.h"
 #include "gemm_w4a16.h"
 #include "kernels.h"
@@ -9,8 +10,9 @@
 namespace llmfp4::cpu {
 namespace amx {
 
-constexpr int step_bytes = 64;        // of k in one tile row
-constexpr int panel_steps = 16;       // 64 outputs x 1 KiB of k: 64 KiB decoded, second-level cache; sums leave the tiles rarely
+constexpr int step_bytes = 64;  // of k in one tile row
+constexpr int panel_steps =
+    16;  // 64 outputs x 1 KiB of k: 64 KiB decoded, second-level cache; sums leave the tiles rarely
 constexpr int amx_panel_tiles = 4, rows_per_block = 256;
 constexpr size_t sums_ld = amx_panel_tiles * tile_n;
 
@@ -19,8 +21,8 @@ constexpr size_t b_tile_bytes = 16 * step_bytes, panel_stride = panel_steps * b_
 
 // MT x NT tiles of sums over `steps` steps of k and `parts` left sides that share the right side.
 template <class Op, int MT, int NT>
-inline void multiply_block(const char* a, size_t lda, size_t part_stride, int parts, const uint8_t* panel, int steps, void* sums,
-                           bool first) {
+inline void multiply_block(const char* a, size_t lda, size_t part_stride, int parts, const uint8_t* panel, int steps,
+                           void* sums, bool first) {
     constexpr size_t stride = sums_ld * 4;
     char* c = static_cast<char*>(sums);
     if (!first || std::is_same_v<Op, SignedByUnsigned>) {
@@ -55,18 +57,19 @@ inline void multiply_block(const char* a, size_t lda, size_t part_stride, int pa
     if constexpr (MT > 1 && NT > 1) store_sum<1, 1>(c + 16 * stride + 64, stride);
 }
 
-// All of a block of rows times one decoded panel. Row counts round up to 16: buffers are padded, the surplus is never read.
+// All of a block of rows times one decoded panel. Row counts round up to 16: buffers are padded, the surplus is never
+// read.
 template <class Op>
-inline void multiply_panel(const char* a, size_t lda, size_t part_stride, int parts, int rows, const uint8_t* panel, int tiles,
-                           int steps, char* sums, bool first) {
+inline void multiply_panel(const char* a, size_t lda, size_t part_stride, int parts, int rows, const uint8_t* panel,
+                           int tiles, int steps, char* sums, bool first) {
     for (int r = 0; r < rows;)
         r += 16 * with_block<2>((rows - r + 15) / 16, [&](auto mt) {
-            for (int t = 0; t < tiles;)
-                t += with_block<2>(tiles - t, [&](auto nt) {
-                    multiply_block<Op, mt, nt>(a + r * lda, lda, part_stride, parts, panel + t * panel_stride, steps,
-                                               sums + (r * sums_ld + t * tile_n) * 4, first);
-                });
-        });
+                 for (int t = 0; t < tiles;)
+                     t += with_block<2>(tiles - t, [&](auto nt) {
+                         multiply_block<Op, mt, nt>(a + r * lda, lda, part_stride, parts, panel + t * panel_stride,
+                                                    steps, sums + (r * sums_ld + t * tile_n) * 4, first);
+                     });
+             });
 }
 
 // Rows padded to whole tiles, zero beyond m; `parts` copies one after the other.
@@ -77,7 +80,8 @@ inline char* padded_rows(size_t rows, size_t ld, size_t parts, size_t extra) {
 template <class F>
 inline void for_blocks(const Weights& w, const Call& call, F&& task) {
     const int tiles = int(w.at.tiles_n());
-    const long blocks_m = (call.m + rows_per_block - 1) / rows_per_block, blocks_n = (tiles + amx_panel_tiles - 1) / amx_panel_tiles;
+    const long blocks_m = (call.m + rows_per_block - 1) / rows_per_block,
+               blocks_n = (tiles + amx_panel_tiles - 1) / amx_panel_tiles;
     parallel_ranges(useful_threads(w, call), blocks_m * blocks_n, [&](long begin, long end) {
         const TileSession session;
         for (long i = begin; i < end; ++i) {
@@ -88,21 +92,23 @@ inline void for_blocks(const Weights& w, const Call& call, F&& task) {
     });
 }
 
-inline void integer_task(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, const IntegerTable& table,
-                         int m0, int m, int tile, int tiles) {
+inline void integer_task(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x,
+                         const IntegerTable& table, int m0, int m, int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     const size_t plane = (size_t(m) + 15) / 16 * 16 * sums_ld;
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, x.planes * plane * sizeof(int32_t)));
     for (int p = 0; p < x.planes; ++p)
         for (int r = 0; r < m; ++r)
-            for (size_t i = 0; i < sums_ld; ++i) sums[p * plane + r * sums_ld + i] = -table.offset * x.sums[p * x.m + m0 + r];
+            for (size_t i = 0; i < sums_ld; ++i)
+                sums[p * plane + r * sums_ld + i] = -table.offset * x.sums[p * x.m + m0 + r];
     const int total = int(w.at.padded_k()) / step_bytes;
     for (int s = 0; s < total; s += panel_steps) {
         const int steps = total - s < panel_steps ? total - s : panel_steps;
         decode_panel(w, table, tile, tiles, s * step_bytes / tile_k, steps * 16, panel, panel_stride);
         for (int p = 0; p < x.planes; ++p)
-            multiply_panel<SignedByUnsigned>(reinterpret_cast<const char*>(x.row(p * x.m + m0)) + s * step_bytes, x.ld, 0, 1, m,
-                                             panel, tiles, steps, reinterpret_cast<char*>(sums + p * plane), false);
+            multiply_panel<SignedByUnsigned>(reinterpret_cast<const char*>(x.row(p * x.m + m0)) + s * step_bytes, x.ld,
+                                             0, 1, m, panel, tiles, steps, reinterpret_cast<char*>(sums + p * plane),
+                                             false);
     }
     finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane);
 }
@@ -139,7 +145,8 @@ inline PartRows split_rows(const Weights& w, const float* x_factor, const Call& 
             for (long m = begin; m < end; ++m) {
                 char* out = x.at + m * x.ld;
                 for (int p = 0; p < x.parts; ++p)
-                    for (size_t i = w.at.k; i < padded_k; ++i) reinterpret_cast<uint16_t*>(out + p * x.part_stride)[i] = 0;
+                    for (size_t i = w.at.k; i < padded_k; ++i)
+                        reinterpret_cast<uint16_t*>(out + p * x.part_stride)[i] = 0;
                 split_row(source + m * call.ldx, w.at.k, x_factor, x.parts, out, x.part_stride);
             }
         });
@@ -155,7 +162,8 @@ inline void decode_pair(Tile codes, const FloatTable& table, bool grouped, F32 s
 }
 
 // `count` tiles of 8 inputs to 4 B rows each.
-inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int tile, int tiles, size_t kt0, int count, uint8_t* panel) {
+inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int tile, int tiles, size_t kt0, int count,
+                              uint8_t* panel) {
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
@@ -172,17 +180,18 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
         }
 }
 
-inline void float_task(const Weights& w, const Call& call, const PartRows& x, const FloatTable& table, int m0, int m, int tile,
-                       int tiles) {
+inline void float_task(const Weights& w, const Call& call, const PartRows& x, const FloatTable& table, int m0, int m,
+                       int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
-    auto* sums = static_cast<float*>(workspace(slot_accumulators, (size_t(m) + 15) / 16 * 16 * sums_ld * sizeof(float)));
+    auto* sums =
+        static_cast<float*>(workspace(slot_accumulators, (size_t(m) + 15) / 16 * 16 * sums_ld * sizeof(float)));
     constexpr int k_of_step = step_bytes / 2;
     const int total = int(w.at.padded_k()) / k_of_step;
     for (int s = 0; s < total; s += panel_steps) {
         const int steps = total - s < panel_steps ? total - s : panel_steps;
         decode_bf16_panel(w, table, tile, tiles, size_t(s) * k_of_step / tile_k, steps * k_of_step / tile_k, panel);
-        multiply_panel<Bf16Pairs>(x.at + m0 * x.ld + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles, steps,
-                                  reinterpret_cast<char*>(sums), s == 0);
+        multiply_panel<Bf16Pairs>(x.at + m0 * x.ld + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles,
+                                  steps, reinterpret_cast<char*>(sums), s == 0);
     }
     finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
 }
@@ -200,7 +209,8 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
 void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
     const amx::PartRows x = amx::split_rows(w, x_factor, call);
     const amx::FloatTable table = amx::float_table(w.element);
-    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) { amx::float_task(w, call, x, table, m0, m, tile, tiles); });
+    amx::for_blocks(
+        w, call, [&](int m0, int m, int tile, int tiles) { amx::float_task(w, call, x, table, m0, m, tile, tiles); });
 }
 
 }  // namespace llmfp4::cpu

@@ -5,6 +5,8 @@
 namespace llmfp4::cpu {
 
 void w4a4_avx512vnni(const Weights& w, const Activation& a, const Call& call) { avx512vnni::w4a4(w, a, call); }
-void w4a16_avx512vnni(const Weights& w, const float* x_factor, const Call& call) { avx512vnni::w4a16(w, x_factor, call); }
+void w4a16_avx512vnni(const Weights& w, const float* x_factor, const Call& call) {
+    avx512vnni::w4a16(w, x_factor, call);
+}
 
 }  // namespace llmfp4::cpu

@@ -35,8 +35,8 @@ inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Cal
     return x;
 }
 
-inline void finish_float_rows(const Weights& w, const Call& call, int m0, int rows, int n0, int count, const float* sums,
-                              size_t ld) {
+inline void finish_float_rows(const Weights& w, const Call& call, int m0, int rows, int n0, int count,
+                              const float* sums, size_t ld) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         for (int r = 0; r < rows; ++r)
@@ -48,8 +48,7 @@ inline void finish_float_rows(const Weights& w, const Call& call, int m0, int ro
 template <int MT, int nibble>
 inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
     const F32 column = decode_column<nibble>(codes, table);
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble));
+    each<MT>([&](int i) { acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble)); });
 }
 
 // MT rows times one tile of 8 inputs.
@@ -68,41 +67,39 @@ inline void multiply_tile(const uint8_t* at, const FloatTable& table, const floa
 
 // MT rows times NT tiles of 16 outputs, all of k, one group after the other.
 template <int MT, int NT>
-inline void multiply_float_fused(const Weights& w, const FloatTable& table, const FloatRows& x, int row, int tile, float* sums,
-                                 size_t ld) {
+inline void multiply_float_fused(const Weights& w, const FloatTable& table, const FloatRows& x, int row, int tile,
+                                 float* sums, size_t ld) {
     const size_t tiles_k = w.at.tiles_k();
     const bool grouped = w.scale_kind != ScaleKind::none;
     const size_t group_tiles = grouped ? w.group_size / tile_k : tiles_k;
     F32 total[NT][MT];
-    LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
-        LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = f32_zero();
+    each<NT, MT>([&](int t, int i) { total[t][i] = f32_zero(); });
     for (size_t group = 0, begin = 0; begin < tiles_k; ++group, begin += group_tiles) {
         if (grouped && int(group) >= w.groups) break;  // only padding is left
         const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
         F32 acc[NT][2][MT];
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
-            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) acc[t][0][i] = acc[t][1][i] = f32_zero();
+        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][1][i] = f32_zero(); });
         for (size_t kt = begin; kt < end; ++kt)
-            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
+            each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
                 prefetch(at + 16 * tile_bytes);
                 multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
-            }
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
+            });
+        each<NT>([&](int t) {
             if (!grouped) {
-                LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = add(acc[t][0][i], acc[t][1][i]);
-                continue;
+                each<MT>([&](int i) { total[t][i] = add(acc[t][0][i], acc[t][1][i]); });
+                return;
             }
             const F32 scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
-            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale);
-        }
+            each<MT>([&](int i) { total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale); });
+        });
     }
-    LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
-        LLMFP4_UNROLL for (int i = 0; i < MT; ++i) store(sums + i * ld + t * tile_n, total[t][i]);
+    each<NT, MT>([&](int t, int i) { store(sums + i * ld + t * tile_n, total[t][i]); });
 }
 
 template <int nibble>
-inline void decode_float_column(Tile codes, const FloatTable& table, bool grouped, F32 scale, float* out, size_t k_stride) {
+inline void decode_float_column(Tile codes, const FloatTable& table, bool grouped, F32 scale, float* out,
+                                size_t k_stride) {
     const F32 column = decode_column<nibble>(codes, table);
     store(out + k_of_nibble(nibble) * k_stride, grouped ? mul(column, scale) : column);
 }
@@ -134,16 +131,13 @@ template <int MT, int NT>
 inline void multiply_float_panel(const float* panel, size_t k_stride, int k, const float* xs, size_t ldx, float* sums,
                                  size_t ld) {
     F32 acc[MT][NT];
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    each<MT, NT>([&](int i, int t) { acc[i][t] = load(sums + i * ld + t * tile_n); });
     for (int j = 0; j < k; ++j) {
         F32 w[NT];
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) w[t] = load(panel + j * k_stride + t * tile_n);
-        LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = fma(acc[i][t], w[t], xs + i * ldx + j);
+        each<NT>([&](int t) { w[t] = load(panel + j * k_stride + t * tile_n); });
+        each<MT, NT>([&](int i, int t) { acc[i][t] = fma(acc[i][t], w[t], xs + i * ldx + j); });
     }
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+    each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, acc[i][t]); });
 }
 
 inline void few_float(const Weights& w, const Call& call, const FloatRows& x, int begin, int end) {
@@ -184,9 +178,11 @@ inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
     const FloatRows x = convert_rows(w, x_factor, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
     if (call.m <= few_rows)
-        return parallel_ranges(threads, tiles, [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
+        return parallel_ranges(threads, tiles,
+                               [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + float_tiles - 1) / float_tiles;
+    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task,
+               blocks_n = (tiles + float_tiles - 1) / float_tiles;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
         for (long task = begin; task < end; ++task) {
             const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * float_tiles;

@@ -1,7 +1,7 @@
 // Y[m,n] = (fp32(Σ_k xi[m,k] · wi[n,k]) · x_scale) · row_scale[n] + bias[n], with int8 operands and exact int32 sums.
 //
-// Weight integers are decoded with an offset that makes them unsigned, as the u8 x s8 dot product wants; starting each sum
-// at -offset · Σ_k xi[m,k] takes it out again. Rows: up to `few_rows` multiply tiles as they are decoded; more of
+// Weight integers are decoded with an offset that makes them unsigned, as the u8 x s8 dot product wants; starting each
+// sum at -offset · Σ_k xi[m,k] takes it out again. Rows: up to `few_rows` multiply tiles as they are decoded; more of
 // them share a panel of decoded bytes.
 #pragma once
 #include <utility>
@@ -13,7 +13,7 @@
 namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr int few_rows = 8, fused_rows = 4, fused_tiles = 4;
-constexpr int panel_k = 512;       // 64 outputs x 512 inputs: 32 KiB, the first-level cache
+constexpr int panel_k = 512;  // 64 outputs x 512 inputs: 32 KiB, the first-level cache
 constexpr int rows_per_task = 192;
 
 // Quantized activations: `rows` int8 rows of stride ld, plane p of row m at row p·m_count + m.
@@ -80,7 +80,8 @@ inline void finish_rows(const Weights& w, const Activation& a, const Call& call,
             const int32_t* low = sums + r * ld;
             const float x_scale = x.finite[m] ? a.sum_scale : __builtin_nanf("");
             finish_integer_row(low, x.planes == 2 ? low + plane_stride : nullptr, x_scale, w.row_scale + n0,
-                               w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0, count);
+                               w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0,
+                               count);
         }
     });
 }
@@ -91,45 +92,41 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
                            int32_t* sums, size_t ld) {
     constexpr int chains = MT * NT <= 8 ? 2 : 1;
     I32 acc[chains][MT][NT];
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
-            acc[0][i][t] = i32_all(-table.offset * x.sums[row + i]);
-            if (chains == 2) acc[chains - 1][i][t] = i32_all(0);
-        }
+    each<MT, NT>([&](int i, int t) {
+        acc[0][i][t] = i32_all(-table.offset * x.sums[row + i]);
+        if (chains == 2) acc[chains - 1][i][t] = i32_all(0);
+    });
     const size_t tiles_k = w.at.tiles_k();
     const uint8_t* codes = w.codes + tile * tiles_k * tile_bytes;
     const int8_t* xs = x.row(row);
     for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) {
+        each<NT>([&](int t) {
             const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
             prefetch(at + 16 * tile_bytes);
             const Tile codes_16x8 = load_tile(at);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
-            LLMFP4_UNROLL for (int i = 0; i < MT; ++i) {
+            each<MT>([&](int i) {
                 acc[0][i][t] = dot4(acc[0][i][t], low, xs + i * x.ld);
                 acc[chains - 1][i][t] = dot4(acc[chains - 1][i][t], high, xs + i * x.ld + 4);
-            }
-        }
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t)
-            store(sums + i * ld + t * tile_n, chains == 2 ? add(acc[0][i][t], acc[1][i][t]) : acc[0][i][t]);
+            });
+        });
+    each<MT, NT>([&](int i, int t) {
+        store(sums + i * ld + t * tile_n, chains == 2 ? add(acc[0][i][t], acc[1][i][t]) : acc[0][i][t]);
+    });
 }
 
 // MT rows times NT tiles of a decoded panel [NT][k4][64], `k4` groups of 4 inputs; adds to sums.
 template <int MT, int NT>
-inline void multiply_panel(const uint8_t* panel, size_t tile_stride, int k4, const int8_t* xs, size_t ldx, int32_t* sums,
-                           size_t ld) {
+inline void multiply_panel(const uint8_t* panel, size_t tile_stride, int k4, const int8_t* xs, size_t ldx,
+                           int32_t* sums, size_t ld) {
     I32 acc[MT][NT];
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = load(sums + i * ld + t * tile_n);
+    each<MT, NT>([&](int i, int t) { acc[i][t] = load(sums + i * ld + t * tile_n); });
     for (int g = 0; g < k4; ++g) {
         Bytes w[NT];
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) w[t] = load_bytes(panel + t * tile_stride + size_t(g) * tile_bytes);
-        LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-            LLMFP4_UNROLL for (int t = 0; t < NT; ++t) acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * g);
+        each<NT>([&](int t) { w[t] = load_bytes(panel + t * tile_stride + size_t(g) * tile_bytes); });
+        each<MT, NT>([&](int i, int t) { acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * g); });
     }
-    LLMFP4_UNROLL for (int i = 0; i < MT; ++i)
-        LLMFP4_UNROLL for (int t = 0; t < NT; ++t) store(sums + i * ld + t * tile_n, acc[i][t]);
+    each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, acc[i][t]); });
 }
 
 // Calls f with the largest compile-time size ≤ Max that fits `left`.
@@ -146,8 +143,8 @@ inline int with_block(int left, F&& f) {
 }
 
 // Decode `k4`/2 tiles of each of `tiles` rows of tiles from tile kt0 on into [tiles][k4][64] bytes.
-inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, int tiles, size_t kt0, int k4, uint8_t* panel,
-                         size_t tile_stride) {
+inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, int tiles, size_t kt0, int k4,
+                         uint8_t* panel, size_t tile_stride) {
     for (int t = 0; t < tiles; ++t) {
         const uint8_t* codes = w.codes + ((tile + t) * w.at.tiles_k() + kt0) * tile_bytes;
         uint8_t* out = panel + t * tile_stride;
@@ -215,7 +212,8 @@ inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     if (x.rows() <= few_rows)
         return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, a, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
-    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + panel_tiles - 1) / panel_tiles;
+    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task,
+               blocks_n = (tiles + panel_tiles - 1) / panel_tiles;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
         for (long task = begin; task < end; ++task) {
             const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * panel_tiles;

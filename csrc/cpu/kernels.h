@@ -15,7 +15,10 @@ void w4a4_amx(const Weights&, const Activation&, const Call&);
 void w4a16_amx(const Weights&, const float* x_factor, const Call&);
 #endif
 
-struct KernelTable { const Kernels* rows; int count; };
+struct KernelTable {
+    const Kernels* rows;
+    int count;
+};
 KernelTable kernels();
 
 }  // namespace llmfp4::cpu

@@ -38,12 +38,17 @@ void run_team(int threads, void (*body)(int, int, void*), void* context) {
         for (auto& member : team) member.join();
         return;
     }
-    struct Region { void (*body)(int, int, void*); void* context; } region{body, context};
+    struct Region {
+        void (*body)(int, int, void*);
+        void* context;
+    } region{body, context};
     // The runtime may grant fewer threads than asked for; shares follow what it granted.
-    openmp().parallel([](void* p) {
-        auto& r = *static_cast<Region*>(p);
-        r.body(openmp().thread_num(), openmp().num_threads(), r.context);
-    }, &region, unsigned(threads), 0);
+    openmp().parallel(
+        [](void* p) {
+            auto& r = *static_cast<Region*>(p);
+            r.body(openmp().thread_num(), openmp().num_threads(), r.context);
+        },
+        &region, unsigned(threads), 0);
 }
 
 }  // namespace llmfp4::cpu

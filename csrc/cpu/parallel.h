@@ -16,12 +16,18 @@ void parallel_ranges(int threads, long count, F&& f) {
     if (count <= 0) return;
     if (threads > count) threads = int(count);
     if (threads <= 1) return f(0L, count);
-    struct Context { F* f; long count; } context{&f, count};
-    run_team(threads, [](int thread, int of, void* p) {
-        auto& c = *static_cast<Context*>(p);
-        const long begin = c.count * thread / of, end = c.count * (thread + 1) / of;
-        if (begin < end) (*c.f)(begin, end);
-    }, &context);
+    struct Context {
+        F* f;
+        long count;
+    } context{&f, count};
+    run_team(
+        threads,
+        [](int thread, int of, void* p) {
+            auto& c = *static_cast<Context*>(p);
+            const long begin = c.count * thread / of, end = c.count * (thread + 1) / of;
+            if (begin < end) (*c.f)(begin, end);
+        },
+        &context);
 }
 
 }  // namespace llmfp4::cpu

@@ -15,9 +15,9 @@ enum class Dtype : int { f32, bf16, f16 };
 struct Weights {
     TileLayout at;
     Element element;
-    const uint8_t* codes;        // tile order
-    const float* row_scale;      // [n]
-    const float* bias;           // [n] or null
+    const uint8_t* codes;    // tile order
+    const float* row_scale;  // [n]
+    const float* bias;       // [n] or null
     ScaleKind scale_kind;
     const uint8_t* group_scale;  // [n/16][groups][16] or null
     int group_size, groups;
@@ -37,18 +37,19 @@ struct Call {
     void* y;        // [m, n] contiguous
     int m;
     size_t ldx;
-    Dtype dtype;    // of x and y
+    Dtype dtype;  // of x and y
     int threads;
 };
 
 // One instruction set. w4a4 takes weights without group scales; w4a16 takes everything.
 struct Kernels {
     const char* name;
-    const char* needs;    // CPU features, as /proc/cpuinfo writes them
+    const char* needs;  // CPU features, as /proc/cpuinfo writes them
     bool (*supported)();
     int w4a4_from_m, w4a16_from_m;  // fewest rows it is meant for; -1: not offered
     void (*w4a4)(const Weights&, const Activation&, const Call&);
-    void (*w4a16)(const Weights&, const float* x_factor, const Call&);  // x_factor [padded k]: 2^-shift, 0 in the padding
+    void (*w4a16)(const Weights&, const float* x_factor,
+                  const Call&);  // x_factor [padded k]: 2^-shift, 0 in the padding
 };
 
 }  // namespace llmfp4::cpu

@@ -18,22 +18,38 @@ inline int planes_of(const Activation& a) {
 
 template <class T>
 inline float to_float(T v);
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
+struct Bf16 {
+    uint16_t bits;
+};
+struct Fp16 {
+    uint16_t bits;
+};
 template <>
-inline float to_float(float v) { return v; }
+inline float to_float(float v) {
+    return v;
+}
 template <>
-inline float to_float(Bf16 v) { return bf16_to_float(v.bits); }
+inline float to_float(Bf16 v) {
+    return bf16_to_float(v.bits);
+}
 template <>
-inline float to_float(Fp16 v) { return fp16_to_float(v.bits); }
+inline float to_float(Fp16 v) {
+    return fp16_to_float(v.bits);
+}
 template <class T>
 inline T from_float(float v);
 template <>
-inline float from_float(float v) { return v; }
+inline float from_float(float v) {
+    return v;
+}
 template <>
-inline Bf16 from_float(float v) { return {float_to_bf16(v)}; }
+inline Bf16 from_float(float v) {
+    return {float_to_bf16(v)};
+}
 template <>
-inline Fp16 from_float(float v) { return {float_to_fp16(v)}; }
+inline Fp16 from_float(float v) {
+    return {float_to_fp16(v)};
+}
 
 template <class F>
 inline void with_dtype(Dtype dtype, F&& f) {
@@ -45,7 +61,8 @@ inline void with_dtype(Dtype dtype, F&& f) {
 // x [k] → element(code) · integer_factor, rounded as reference.encode does; padded with zeros to padded_k.
 // Returns false if the row holds NaN or Inf.
 template <class T>
-inline bool quantize_row(const T* x, int k, int padded_k, const Activation& a, int8_t* low, int8_t* high, int32_t* sums) {
+inline bool quantize_row(const T* x, int k, int padded_k, const Activation& a, int8_t* low, int8_t* high,
+                         int32_t* sums) {
     const float top = float(a.element.max_integer()) / float(a.element.integer_scale());
     const int mantissa_bits = a.element.mantissa_bits;
     const uint32_t smallest = uint32_t(127 + 1 - a.element.bias) << 23;

@@ -27,11 +27,11 @@ class Prepared:
         packed = to_layout(packed, "tiled")
         self.n, self.k = packed.shape
         # Scales may lie unaligned in a memory-mapped file; these copies are kept as long as the C++ object.
-        tensors = {"codes": packed.codes, "row_scale": packed.row_scale.clone()}
+        tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.clone().contiguous()}
         if bias is not None:
-            tensors["bias"] = bias.detach().float().clone()
+            tensors["bias"] = bias.detach().float().clone().contiguous()
         if packed.shift is not None:
-            tensors["shift"] = packed.shift.clone()
+            tensors["shift"] = packed.shift.clone().contiguous()
         if packed.group_scale is not None:
             tensors["group_scale"] = shuffle_scales(packed.group_scale, self.n, self.k)
         self.tensors = tensors

@@ -68,6 +68,9 @@ class LLMFP4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, entry in self.quantization_config.layers.items():
+            bias = getattr(model.get_submodule(name), "bias", None)
+            if bias is not None:
+                bias.requires_grad_(False)  # the loader made it trainable; frozen, it is added inside the kernel
             if "shares" in entry:
                 head = model.get_submodule(entry["shares"])
                 model.set_submodule(name, FP4Embedding.sharing(head, self.dtype, model.config.pad_token_id))

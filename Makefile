@@ -1,0 +1,42 @@
+# make demo   set up, build, quantize and run a real language model, print the table (build/demo/report.json, report.png)
+# make test   set up, build, run all tests
+# make lint   ruff and clang-format
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: demo test lint format build clean
+demo: build
+	$(PY) benchmarks/demo.py
+
+test: build
+	$(PY) -m pytest python_tests
+
+build: $(VENV)/built
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), f'Python 3.10 or newer is needed, this is {sys.version}'"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# cmake and ninja come from the environment, so no second one is made for the build.
+$(VENV)/built: $(VENV)/installed $(NATIVE)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV)/built llmfp4_kernels/*.so
