@@ -93,7 +93,7 @@ def integer_scale(packed: PackedFP4) -> float:
 
 
 def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Y [m, n] float32 = x [m, k] times the packed weight, plus bias [n].
+    """Y [m, n] float32 (W4A16 with float64 x: float64) = x [m, k] times the packed weight, plus bias [n].
 
     W4A4 without group scales is exact up to one stated rounding order, which every integer kernel repeats bit by bit:
     (fp32(integer sum) · x_scale·integer_scale) · row_scale + bias, each step rounded to fp32. A row of x with NaN
@@ -103,7 +103,8 @@ def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -
         raise BadInput(f"x of shape {list(x.shape)} does not match k = {packed.k}")
     if packed.activation is None or packed.group_scale is not None:
         y = x.double() @ dequantize(packed, torch.float64).T
-        return (y if bias is None else y + bias.double()).float()
+        y = y if bias is None else y + bias.double()
+        return y if x.dtype == torch.float64 else y.float()
     poisoned = ~x.isfinite().all(dim=1, keepdim=True)
     xi = integer_activation(quantize_activation(x.masked_fill(poisoned, 0.0), packed), packed)
     wi = decode(unpack(packed.codes, packed.k), packed.element, torch.float64) * packed.element.integer_scale

@@ -16,7 +16,7 @@ class Prepared:
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
         y = reference.gemm(x.reshape(-1, self.packed.k), self.packed, self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], self.packed.shape[0])
 
 
 def refusal(problem: Problem) -> str | None:

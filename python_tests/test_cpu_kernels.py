@@ -1,0 +1,148 @@
+"""Every CPU kernel against the reference on the dequantized operands: bit equality where sums are integers."""
+
+import itertools
+
+import pytest
+import torch
+from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random_x
+
+from llmfp4_kernels import native, reference
+from llmfp4_kernels.backends.cpu import KERNELS, Prepared, largest_k
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, FP4_ELEMENTS
+from llmfp4_kernels.problem import Problem
+from llmfp4_kernels.registry import choose
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NATIVE = native.problem_with_module() is None
+AVAILABLE = [k for k in KERNELS if NATIVE and native.cpu_kernels()[k.name.removeprefix("cpu.")]["supported"]]
+
+
+def test_native_module_is_built():
+    assert native.problem_with_module() is None
+    assert "cpu.scalar" in [kernel.name for kernel in AVAILABLE]
+
+
+def same_bits(a, b):
+    """Equal, NaN where NaN; -0 and +0 differ."""
+    view = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and torch.equal(a.view(view)[~nan], b.view(view)[~nan])
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("pair", ELEMENT_PAIRS, ids=lambda p: f"{p[0].name}x{p[1].name}")
+def test_w4a4_bits(kernel, pair, threads):
+    element, activation = pair
+    for (m, n, k), shift in itertools.product(ODD_SHAPES, (False, True)):
+        packed = random_packed(n, k, element, activation, shift)
+        bias = torch.randn(n)
+        prepared = Prepared(packed, bias)
+        for dtype in DTYPES:
+            x = random_x(m, k, dtype)
+            expected = reference.gemm(x, packed, bias).to(dtype)
+            for count in (1, 2, 3):
+                threads(count)
+                assert same_bits(prepared.run(kernel, x), expected), (m, n, k, shift, dtype, count)
+
+
+def summation_bound(x, packed, bias=None):
+    """|fp32 result - exact| ≤ (k + 8) · 2^-24 · Σ|x·w|, the standard bound of any order of fp32 sums, + rounding of scale and bias."""
+    w = reference.dequantize(packed, torch.float64).abs()
+    magnitude = x.double().abs() @ w.T + (0 if bias is None else bias.double().abs())
+    return (packed.k + 8) * 2.0**-24 * magnitude + 1e-30
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("group", GROUP_SCALES, ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
+def test_w4a16_within_summation_bound(kernel, group, threads):
+    for (m, n, k), element in itertools.product(ODD_SHAPES, FP4_ELEMENTS.values()):
+        packed = random_packed(n, k, element, scale=group[0], group_size=group[1])
+        bias = torch.randn(n)
+        prepared = Prepared(packed, bias)
+        for dtype in DTYPES:
+            x = random_x(m, k, dtype) / (256 if dtype == torch.float16 else 1)  # outputs stay below 65504
+            exact = x.double() @ reference.dequantize(packed, torch.float64).T + bias.double()
+            half_ulp = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+            bound = summation_bound(x, packed, bias) + exact.abs() * half_ulp
+            threads(1)
+            y = prepared.run(kernel, x)
+            assert ((y.double() - exact).abs() <= bound).all(), (m, n, k, element.name, dtype)
+            threads(2)
+            assert same_bits(prepared.run(kernel, x), y), "the split over threads changed the bits"
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+def test_w4a16_shift_scales_channels(kernel):
+    packed, plain = random_packed(33, 70, E2M1, shift=True), random_packed(33, 70, E2M1)
+    x = random_x(20, 70)
+    shifted = torch.ldexp(x, -packed.shift.int())
+    assert same_bits(Prepared(packed, None).run(kernel, x), Prepared(plain, None).run(kernel, shifted))
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("activation", FP4_ELEMENTS.values(), ids=lambda e: e.name)
+def test_activation_codes_at_every_tie(kernel, activation):
+    """A weight that is the identity shows the quantized activations themselves."""
+    k = 64
+    packed = random_packed(k, k, E2M1, activation)
+    one = E2M1.values.index(1.0)
+    packed.codes = reference.pack(torch.eye(k, dtype=torch.uint8) * one)
+    packed.row_scale, packed.x_scale = torch.ones(k), torch.tensor(1.0)
+    grid = torch.tensor(activation.magnitudes)
+    ties = (grid[1:] + grid[:-1]) / 2
+    points = torch.cat([grid, ties, torch.nextafter(ties, torch.tensor(99.0)), torch.nextafter(ties, torch.tensor(0.0))])
+    points = torch.cat([points, -points, torch.tensor([-0.0, 1e-42, -1e-42, 1e30, -1e30, activation.max * 1.01])])
+    x = torch.nn.functional.pad(points, (0, -len(points) % k)).view(-1, k)
+    expected = reference.decode(reference.encode(x, activation), activation)
+    assert torch.equal(Prepared(packed, None).run(kernel, x), expected)
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_token_poisons_its_row_only(kernel, bad):
+    packed = random_packed(40, 70, E2M1, E2M1, True)
+    x = random_x(20, 70)
+    x[3, 69] = bad
+    y = Prepared(packed, None).run(kernel, x)
+    assert y[3].isnan().all() and y[:3].isfinite().all() and y[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+def test_large_sums_stay_exact(kernel):
+    """All operands at their largest: the int32 sum is k · 96 · 12, far beyond the 2^24 that fp32 counts."""
+    k = 20000
+    packed = random_packed(17, k, E2M1, E2M1, True)
+    packed.codes = torch.full_like(packed.codes, 0x77)
+    packed.shift = torch.zeros(k, dtype=torch.uint8)
+    x = torch.full((17, k), 1e6)
+    y = Prepared(packed, None).run(kernel, x)
+    assert same_bits(y, reference.gemm(x, packed))
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+def test_non_contiguous_and_strided_input(kernel):
+    packed = random_packed(24, 66, E1M2, E2M1, True)
+    wide = random_x(40, 132)
+    for x in (wide[:, ::2], wide[::2, :66], random_x(66, 20).T):
+        assert same_bits(Prepared(packed, None).run(kernel, x), reference.gemm(x, packed))
+
+
+def test_kernels_refuse_what_they_cannot_do():
+    kernel = KERNELS[-1]
+    refuse = lambda **kw: kernel.refusal(Problem(m=1, n=16, k=64, element=E2M1, **kw))  # noqa: E731
+    assert refuse() is None
+    assert "cuda" in refuse(device="cuda")
+    assert "float64" in refuse(dtype=torch.float64)
+    assert "12" in refuse(scale=GROUP_SCALES[1][0], group_size=12)
+    assert "no integer sum" in refuse(scale=GROUP_SCALES[1][0], group_size=32, activation=E2M1)
+    limit = largest_k(E2M1, E2M1, True)
+    assert limit == (2**31 - 1) // (12 * 96)
+    over = Problem(m=1, n=16, k=limit + 1, element=E2M1, activation=E2M1, shift=True)
+    assert str(limit) in kernel.refusal(over)
+
+
+def test_choice_follows_m():
+    names = [choose(Problem(m, 64, 64, E2M1, E3M0)).name for m in (1, 64)]
+    assert all(name.startswith("cpu.") for name in names)
+    if "cpu.amx" in [k.name for k in AVAILABLE]:
+        assert names[0] != "cpu.amx" and names[1] == "cpu.amx"
