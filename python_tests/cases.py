@@ -15,7 +15,17 @@ LINEAR_SHAPES = {
 }
 """(n, k) of the linear layers of a model."""
 
-ODD_SHAPES = [(1, 1, 1), (2, 3, 2), (3, 17, 65), (5, 33, 130), (8, 16, 64), (9, 70, 515), (17, 100, 1027), (33, 65, 70), (200, 65, 70)]
+ODD_SHAPES = [
+    (1, 1, 1),
+    (2, 3, 2),
+    (3, 17, 65),
+    (5, 33, 130),
+    (8, 16, 64),
+    (9, 70, 515),
+    (17, 100, 1027),
+    (33, 65, 70),
+    (200, 65, 70),
+]
 """(m, n, k) around every tile edge: 16 outputs, 8 and 64 inputs, 4, 6, 16 and 32 rows, one block of rows."""
 
 ELEMENT_PAIRS = list(itertools.product(FP4_ELEMENTS.values(), repeat=2))

@@ -90,7 +90,9 @@ def test_activation_codes_at_every_tie(kernel, activation):
     packed.row_scale, packed.x_scale = torch.ones(k), torch.tensor(1.0)
     grid = torch.tensor(activation.magnitudes)
     ties = (grid[1:] + grid[:-1]) / 2
-    points = torch.cat([grid, ties, torch.nextafter(ties, torch.tensor(99.0)), torch.nextafter(ties, torch.tensor(0.0))])
+    points = torch.cat(
+        [grid, ties, torch.nextafter(ties, torch.tensor(99.0)), torch.nextafter(ties, torch.tensor(0.0))]
+    )
     points = torch.cat([points, -points, torch.tensor([-0.0, 1e-42, -1e-42, 1e30, -1e30, activation.max * 1.01])])
     x = torch.nn.functional.pad(points, (0, -len(points) % k)).view(-1, k)
     expected = reference.decode(reference.encode(x, activation), activation)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,25 +15,16 @@ from tqdm import tqdm
 
 from .. import reference
 from ..embedding import FP4Embedding
-from ..errors import BadFile, BadInput
+from ..errors import BadInput
 from ..formats import Recipe
 from ..formats import recipe as recipe_named
 from ..nn import FP4Linear
-from ..packed import PackedFP4, write_beside
+from ..packed import PackedFP4
 from .calibrate import LayerInputs, collect
+from .plan import Plan, make_plan, weight_of
 from .scales import quantize_weight, scale_of_largest
 from .search import search_linear
-
-EMBEDDING_RECIPE = "llm-fp4-a16"
-
-
-def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight [n, k] of an nn.Linear, nn.Embedding or transformers Conv1D (which keeps it as [k, n])."""
-    if type(layer).__name__ == "Conv1D":
-        return layer.weight.detach().T
-    if not isinstance(layer, nn.Linear | nn.Embedding) or isinstance(layer, FP4Linear):
-        raise BadInput(f"{type(layer).__name__} is no dense linear layer: expected nn.Linear or Conv1D")
-    return layer.weight.detach()
+from .work_dir import WorkDir
 
 
 def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None) -> PackedFP4:
@@ -49,7 +38,9 @@ def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None
         if inputs is None or inputs.x is None:
             raise BadInput(f"recipe {recipe.name!r} needs calibration activations [tokens, k], got none")
         if inputs.x.ndim != 2 or inputs.x.shape[0] < 1 or inputs.x.shape[1] != weight.shape[-1]:
-            raise BadInput(f"calibration of shape {list(inputs.x.shape)} does not match [tokens ≥ 1, k = {weight.shape[-1]}]")
+            raise BadInput(
+                f"calibration of shape {list(inputs.x.shape)} does not match [tokens ≥ 1, k = {weight.shape[-1]}]"
+            )
         reference.require_finite("calibration", inputs.x)
     if recipe.search:
         return search_linear(
@@ -82,63 +73,6 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
-@dataclass
-class Plan:
-    recipes: dict[str, Recipe]
-    """Layers to quantize, in module order."""
-    shared: dict[str, str]
-    """Embeddings that share the weight of a layer in `recipes` and will share its codes."""
-    skipped: list[dict]
-
-
-def _matches(name: str, globs) -> str | None:
-    return next((glob for glob in globs if fnmatchcase(name, glob) or fnmatchcase(name.rsplit(".", 1)[-1], glob)), None)
-
-
-def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dict[str, str]) -> Plan:
-    """Which layers get which recipe, and a reason for every other module with parameters.
-
-    Embeddings are quantized only where an include glob other than "*" names them.
-    """
-    plan, others, owner = Plan({}, {}, []), {}, {}
-    modules = dict(model.named_modules())
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
-    for name, module in [*linears.items(), *tables.items()]:
-        is_table = name in tables
-        wanted = _matches(name, [glob for glob in include if glob != "*"] if is_table else include)
-        excluded = _matches(name, exclude)
-        reason = None
-        if isinstance(module, FP4Linear):
-            reason = "is FP4 already"
-        elif excluded:
-            reason = f"excluded by {excluded!r}"
-        elif not wanted:
-            reason = "an embedding, not named by include" if is_table else f"not included by {list(include)}"
-        elif min(weight_of(module).shape) < 1:
-            reason = f"its weight is {list(weight_of(module).shape)}"
-        if reason:
-            plan.skipped.append({"name": name, "reason": reason})
-            continue
-        pointer = module.weight.data_ptr()
-        if is_table and pointer in owner:
-            plan.shared[name] = owner[pointer]
-            continue
-        owner[pointer] = name
-        chosen = _matches(name, overrides)
-        plan.recipes[name] = recipe_named(overrides[chosen] if chosen else EMBEDDING_RECIPE if is_table else recipe.name)
-    for module in modules.values():
-        if not isinstance(module, nn.Linear | nn.Embedding) and type(module).__name__ != "Conv1D":
-            count = sum(p.numel() for p in module.parameters(recurse=False))
-            if count:
-                kind = others.setdefault(type(module).__name__, [0, 0])
-                kind[0], kind[1] = kind[0] + 1, kind[1] + count
-    for kind, (modules_of_kind, count) in others.items():
-        reason = f"no linear layer ({count} parameters in all)"
-        plan.skipped.append({"name": f"{modules_of_kind} x {kind}", "reason": reason})
-    return plan
-
-
 def _check(model: nn.Module, plan: Plan, calibration) -> None:
     if not plan.recipes:
         raise BadInput(f"no layer of {type(model).__name__} is to be quantized: {len(plan.skipped)} were left out")
@@ -160,42 +94,6 @@ def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | No
     if packed.activation:
         x = reference.dequantize_activation(reference.quantize_activation(x, packed), packed)
     return ((x @ quantized.T - y).square().sum() / y.square().sum().clamp_min(1e-30)).item()
-
-
-class WorkDir:
-    """Finished layers on disk: a safetensors file and, written last, its report row with a fingerprint of all it depends on."""
-
-    def __init__(self, path: str | Path | None, settings: str):
-        self.path = Path(path) if path else None
-        self.settings = settings
-
-    def fingerprint(self, recipe: Recipe, weight: torch.Tensor) -> str:
-        digest = hashlib.blake2b(f"{self.settings} {recipe} {list(weight.shape)}".encode(), digest_size=16)
-        digest.update(weight.float().contiguous().view(-1).cpu().numpy().data)
-        return digest.hexdigest()
-
-    def _files(self, name: str) -> tuple[Path, Path]:
-        stem = re.sub(r"[^\w.-]", "_", name)
-        return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
-
-    def load(self, name: str, fingerprint: str) -> tuple[PackedFP4, dict] | None:
-        """What an earlier run finished, if it depended on the same things."""
-        if not self.path or not all(file.is_file() for file in self._files(name)):
-            return None
-        tensors, row_file = self._files(name)
-        try:
-            row = json.loads(row_file.read_text())
-            if row.pop("fingerprint") != fingerprint:
-                return None
-            return PackedFP4.load(tensors), row
-        except (BadFile, KeyError, json.JSONDecodeError):
-            return None  # an interrupted or edited file: the layer is done again
-
-    def save(self, name: str, fingerprint: str, packed: PackedFP4, row: dict) -> None:
-        if self.path:
-            tensors, row_file = self._files(name)
-            packed.save(tensors)
-            write_beside(row_file, lambda beside: beside.write_text(json.dumps(row | {"fingerprint": fingerprint})))
 
 
 def _settings(calibration, sample_tokens: int) -> str:

@@ -1,0 +1,96 @@
+"""Which layers of a module tree are quantized, with which recipe, and why the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..errors import BadInput
+from ..formats import Recipe
+from ..formats import recipe as recipe_named
+from ..nn import FP4Linear
+
+EMBEDDING_RECIPE = "llm-fp4-a16"
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight [n, k] of an nn.Linear, nn.Embedding or transformers Conv1D (which keeps it as [k, n])."""
+    if type(layer).__name__ == "Conv1D":
+        return layer.weight.detach().T
+    if not isinstance(layer, nn.Linear | nn.Embedding) or isinstance(layer, FP4Linear):
+        raise BadInput(f"{type(layer).__name__} is no dense linear layer: expected nn.Linear or Conv1D")
+    return layer.weight.detach()
+
+
+@dataclass
+class Plan:
+    recipes: dict[str, Recipe]
+    """Layers to quantize, in module order."""
+    shared: dict[str, str]
+    """Embeddings that share the weight of a layer in `recipes` and will share its codes."""
+    skipped: list[dict]
+
+
+def _matches(name: str, globs) -> str | None:
+    return next((glob for glob in globs if fnmatchcase(name, glob) or fnmatchcase(name.rsplit(".", 1)[-1], glob)), None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _reason_to_skip(name: str, module: nn.Module, include, exclude) -> str | None:
+    is_table = isinstance(module, nn.Embedding)
+    excluded = _matches(name, exclude)
+    if isinstance(module, FP4Linear):
+        return "is FP4 already"
+    if excluded:
+        return f"excluded by {excluded!r}"
+    if not _matches(name, [glob for glob in include if glob != "*"] if is_table else include):
+        return "an embedding, not named by include" if is_table else f"not included by {list(include)}"
+    if min(weight_of(module).shape) < 1:
+        raise BadInput(f"{name} has a weight of shape {list(weight_of(module).shape)}: n and k must be at least 1")
+    return None
+
+
+def _other_modules(modules: dict[str, nn.Module]) -> list[dict]:
+    """One entry for each kind of module that holds parameters but is neither a linear layer nor an embedding."""
+    kinds: dict[str, list[int]] = {}
+    for module in modules.values():
+        if not _is_linear(module) and not isinstance(module, nn.Embedding):
+            count = sum(p.numel() for p in module.parameters(recurse=False))
+            if count:
+                kinds.setdefault(type(module).__name__, []).append(count)
+    return [
+        {"name": f"{len(counts)} x {kind}", "reason": f"no linear layer ({sum(counts)} parameters in all)"}
+        for kind, counts in kinds.items()
+    ]
+
+
+def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dict[str, str]) -> Plan:
+    """Which layers get which recipe, and a reason for every other module with parameters.
+
+    Embeddings are quantized only where an include glob other than "*" names them. Raises BadInput for a weight without
+    elements and an unknown recipe.
+    """
+    plan, owner = Plan({}, {}, []), {}
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if _is_linear(m)}
+    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
+    for name, module in (linears | tables).items():
+        reason = _reason_to_skip(name, module, include, exclude)
+        pointer = module.weight.data_ptr()
+        if reason:
+            plan.skipped.append({"name": name, "reason": reason})
+        elif name in tables and pointer in owner:
+            plan.shared[name] = owner[pointer]
+        else:
+            owner[pointer] = name
+            glob = _matches(name, overrides)
+            default = EMBEDDING_RECIPE if name in tables else recipe.name
+            plan.recipes[name] = recipe_named(overrides[glob] if glob else default)
+    plan.skipped += _other_modules(modules)
+    return plan
