@@ -1,4 +1,4 @@
-"""llmfp4_kernels: real FP4 matmul for LLMs. Weights stay packed, two 4-bit floats a byte, and are multiplied as such."""
+"""Real FP4 matmul for LLMs: weights stay packed, two 4-bit floats a byte, and are multiplied as such."""
 
 from __future__ import annotations
 

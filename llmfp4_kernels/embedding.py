@@ -16,7 +16,7 @@ from .reference import decode, decode_scale, expand_groups
 class FP4Embedding(FP4Module):
     """y [..., embedding_dim] = rows `ids` of a packed table [num_embeddings, embedding_dim], one scale per row.
 
-    LLM-FP4 section 4.1: the embedding table has one exponent bias per vocabulary entry. Only the rows asked for are decoded.
+    LLM-FP4 section 4.1: one exponent bias per vocabulary entry. Only the rows asked for are decoded.
     """
 
     def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4-a16"):
@@ -61,4 +61,3 @@ class FP4Embedding(FP4Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, recipe={self.recipe!r}"
-

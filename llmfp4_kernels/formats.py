@@ -1,6 +1,6 @@
 """Number formats and recipes as records. This file imports nothing of the package but its errors.
 
-    Y[m,n] = x_scale[m] · row_scale[n] · Σ_k X[m,k] · 2^(-shift[k]) · element(code[n,k]) · group_scale[n, k/G] + bias[n]
+Y[m,n] = x_scale[m] · row_scale[n] · Σ_k X[m,k] · 2^(-shift[k]) · element(code[n,k]) · group_scale[n, k/G] + bias[n]
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class FP4Module(nn.Module):
 
     So `.half()`, autocast, safetensors, LoRA, offloading and pickle leave it intact:
 
-        codes        [n, ceil(k/2)]   or, once a CPU kernel has run, the tiles of layout.py; state_dict is always in row order
+        codes        [n, ceil(k/2)]   or, once a CPU kernel has run, tiles (layout.py); state_dict is in row order
         row_scale    [n, 4]           float32 bytes
         elements     [2]              exponent bits of the weight's and the activation's element (0: 16-bit activations)
         group_scale  [n, ceil(k/G)]   raw E8M0 or E4M3, recipes with groups
@@ -71,7 +71,7 @@ class FP4Module(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The packed codes (uint8): code that looks for a weight finds a device, and fails if it does arithmetic on it."""
+        """The packed codes (uint8): whoever looks for a weight finds a device, and fails at arithmetic on it."""
         return self.codes
 
     def spec(self) -> dict:
@@ -79,7 +79,9 @@ class FP4Module(nn.Module):
         if self._spec is None:
             weight_bits, activation_bits = self.elements.tolist()
             if weight_bits not in _BY_EXPONENT_BITS or activation_bits not in (0, *_BY_EXPONENT_BITS):
-                raise BadInput(f"elements {[weight_bits, activation_bits]} name no 4-bit format: expected 1..3, and 0..3")
+                raise BadInput(
+                    f"elements {[weight_bits, activation_bits]} name no 4-bit format: expected 1..3, and 0..3"
+                )
             self._spec = {
                 "k": self.in_features,
                 "element": _BY_EXPONENT_BITS[weight_bits].name,
@@ -89,7 +91,9 @@ class FP4Module(nn.Module):
                 "recipe": self.recipe,
             }
             # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
-            self._spec_text = {ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in ((2, "row"), (3, "tiled"))}
+            self._spec_text = {
+                ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in ((2, "row"), (3, "tiled"))
+            }
         return self._spec
 
     def op_arguments(self) -> tuple:
@@ -132,7 +136,9 @@ class FP4Linear(FP4Module, nn.Linear):
     dequantized weight.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4"):
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4"
+    ):
         nn.Module.__init__(self)
         if in_features < 1 or out_features < 1:
             raise BadInput(f"in_features = {in_features} and out_features = {out_features} must be at least 1")
@@ -155,7 +161,9 @@ class FP4Linear(FP4Module, nn.Linear):
         return self
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, recipe: str | Recipe | PackedFP4 = "llm-fp4", calibration=None) -> FP4Linear:
+    def from_linear(
+        cls, linear: nn.Module, recipe: str | Recipe | PackedFP4 = "llm-fp4", calibration=None
+    ) -> FP4Linear:
         """Quantize an nn.Linear (weight [n, k]) or a transformers Conv1D (weight [k, n]).
 
         calibration: activations [tokens, k] of the layer, for recipes that search or quantize activations.
@@ -174,7 +182,7 @@ class FP4Linear(FP4Module, nn.Linear):
         return None if self.bias is None or self.bias.requires_grad else self.bias
 
     def multiplier(self) -> Multiplier:
-        """The kernel side of this layer. On a CPU the first call replaces row order by tiles, one layer's memory at a time.
+        """The kernel side of this layer. On a CPU the first call replaces row order by tiles, layer by layer.
 
         Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
         """

@@ -32,7 +32,7 @@ def from_bytes(raw: torch.Tensor) -> torch.Tensor:
     return raw.view(torch.float32).squeeze(-1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parse(spec: str) -> dict:
     return json.loads(spec)
 

@@ -19,7 +19,7 @@ FORMAT, VERSION = "llmfp4", 1
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes [..., k] in 0..15 → bytes [..., ceil(k/2)]; even k in the low nibble, an odd tail padded with code 0."""
+    """uint8 codes [..., k] in 0..15 → bytes [..., ceil(k/2)]; even k in the low nibble, an odd tail gets code 0."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | codes[..., 1::2] << 4
@@ -156,7 +156,7 @@ class PackedFP4:
         """Read what `save` wrote. Raises BadFile for a missing, truncated or foreign file."""
         with open_safetensors(path) as file:
             spec = json.loads(file.metadata()[FORMAT])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         try:
             unknown = set(tensors) - set(PackedFP4.TENSORS)
             if unknown:
@@ -167,7 +167,7 @@ class PackedFP4:
 
 
 def write_beside(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it, so that an interrupted write leaves the old file or none."""
+    """Let `write` fill a file beside `path`, then rename it: an interrupted write leaves the old file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

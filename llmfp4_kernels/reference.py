@@ -53,7 +53,7 @@ def expand_groups(per_group: torch.Tensor, group_size: int, k: int) -> torch.Ten
 
 
 def quantize(w: torch.Tensor, element: Element, scale: torch.Tensor) -> torch.Tensor:
-    """Packed codes [n, ceil(k/2)] of w [n, k] divided by `scale` (broadcastable to w; 0 where the weights are all 0)."""
+    """Packed codes [n, ceil(k/2)] of w [n, k] divided by `scale` (broadcastable to w; codes 0 where it is 0)."""
     return pack(encode(torch.where(scale > 0, w / scale, 0.0), element))
 
 

@@ -46,7 +46,7 @@ def test_w4a4_bits(kernel, pair, threads):
 
 
 def summation_bound(x, packed, bias=None):
-    """|fp32 result - exact| ≤ (k + 8) · 2^-24 · Σ|x·w|, the standard bound of any order of fp32 sums, + rounding of scale and bias."""
+    """|fp32 result - exact| ≤ (k + 8) · 2^-24 · Σ|x·w|: any order of fp32 sums, plus scale and bias."""
     w = reference.dequantize(packed, torch.float64).abs()
     magnitude = x.double().abs() @ w.T + (0 if bias is None else bias.double().abs())
     return (packed.k + 8) * 2.0**-24 * magnitude + 1e-30

@@ -20,7 +20,9 @@ class Prepared:
 
 
 def refusal(problem: Problem) -> str | None:
-    return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, expected a floating-point dtype"
+    return (
+        None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, expected a floating-point dtype"
+    )
 
 
 KERNELS = (Kernel("reference", "row", refusal, Prepared),)

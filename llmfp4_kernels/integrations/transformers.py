@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 @register_quantization_config(FORMAT)
 class LLMFP4Config(QuantizationConfigMixin):
-    """layers: {module name: {"kind": "linear" | "embedding", "recipe": name, "n", "k", "bias", "shares": other name}}"""
+    """layers: {module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "shares": other name}}"""
 
     def __init__(self, layers: dict | None = None, version: int = VERSION, **kwargs):
         self.quant_method = FORMAT
@@ -96,7 +96,9 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True, **source)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **source)
-        model = _model_class(config).from_pretrained(where, dtype=dtype, local_files_only=True, use_safetensors=True, **source)
+        model = _model_class(config).from_pretrained(
+            where, dtype=dtype, local_files_only=True, use_safetensors=True, **source
+        )
     except (OSError, ValueError, KeyError) as error:
         raise BadFile(f"{path} cannot be read as a model: {error}") from error
     if source:
@@ -228,7 +230,11 @@ def load_quantized(path: str | Path):
     path = Path(path)
     _check_folder(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return _model_class(config).from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=config.dtype).eval()
+    return (
+        _model_class(config)
+        .from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=config.dtype)
+        .eval()
+    )
 
 
 def load_tokenizer(path: str | Path):

@@ -143,10 +143,10 @@ def quantize_model(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
-    """Replace the linear layers of `model` by FP4Linear, in place; every layer sees full-precision inputs (LLM-FP4 app. F).
+    """Replace the linear layers of `model` by FP4Linear, in place. Each sees full-precision inputs (LLM-FP4 app. F).
 
     calibration  batches for the model's forward: token ids [b, t], or dicts of keyword arguments
-    include, exclude, overrides  globs on module names or their last part; overrides maps a glob to another recipe's name.
+    include, exclude, overrides  globs on module names or their last part; overrides maps a glob to a recipe's name.
                  Embeddings are quantized where include names them (not by "*"); one that shares its weight with a
                  quantized head shares its codes
     work_dir     each finished layer is written there, and a run that finds it with the same settings goes on from it
