@@ -16,31 +16,32 @@ def _quality(axes, report: dict) -> None:
         megabytes = size[name] / 1e6
         axes.scatter(megabytes, ppl, s=70, color=COLORS[name], zorder=3)
         left = megabytes > 300  # labels stay inside the axes
-        axes.annotate(f"{name}\n{ppl:.1f}", (megabytes, ppl), xytext=(-9 if left else 9, 0), va="center",
+        axes.annotate(f"{name}\n{ppl:,.1f}", (megabytes, ppl), xytext=(-9 if left else 9, 0), va="center",
                       ha="right" if left else "left", textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = min(report["ppl"].values()), max(report["ppl"].values())
-    axes.set_ylim(low / 1.4, high * 1.4)
+    margin = (high / low) ** 0.12 + 0.1  # room for the labels, a constant part of the axis
+    axes.set_ylim(low / margin, high * margin)
     axes.set_xlim(min(size.values()) / 1.3e6, size["fp32"] * 1.3 / 1e6)
-    for axis, ticks in ((axes.xaxis, (50, 100, 200, 400, 800)), (axes.yaxis, _ticks(low / 1.4, high * 1.4))):
-        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    for axis, ticks in ((axes.xaxis, (50, 100, 200, 400, 800)), (axes.yaxis, _ticks(low / margin, high * margin))):
+        shown = [tick for tick in ticks if axis.get_view_interval()[0] <= tick <= axis.get_view_interval()[1]]
+        axis.set_ticks(shown, [f"{tick:,g}" if tick < 1e5 else f"{tick:.0e}" for tick in shown])
         axis.set_ticks([], minor=True)
-    axes.set_xlim(min(size.values()) / 1.3e6, size["fp32"] * 1.3 / 1e6)
     axes.set(xlabel="size of the weights, MB", ylabel="perplexity", title="Quality and size (lower left is better)")
     axes.grid(alpha=0.25)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten between low and high."""
-    every = [m * 10**e for e in range(-1, 9) for m in (1, 2, 5)]
+    """1, 2, 5 times powers of ten between low and high, or the powers alone where these would be many."""
+    every = [m * 10**e for e in range(-1, 9) for m in ((1, 2, 5) if high < 100 * low else (1,))]
     return [tick for tick in every if low <= tick <= high]
 
 
 def _bars(axes, rates: dict[str, float], title: str) -> None:
     names = list(reversed(rates))
     bars = axes.barh(names, [rates[name] for name in names], color=[COLORS[name] for name in names])
-    axes.bar_label(bars, [f"{rates[name]:.4g} ({rates[name] / rates['bf16']:.2f}× bf16)" for name in names],
+    axes.bar_label(bars, [f"{rates[name]:.1f} ({rates[name] / rates['bf16']:.2f}× bf16)" for name in names],
                    padding=4, fontsize=9)  # fmt: skip
     axes.set_xlim(0, max(rates.values()) * 1.45)
     axes.set(xlabel="tokens/s", title=title)
