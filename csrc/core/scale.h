@@ -23,8 +23,9 @@ LLMFP4_INLINE float decode_e8m0(uint8_t byte) {
 // OCP FP8 E4M3: no Inf, NaN is S.1111.111.
 LLMFP4_INLINE float decode_e4m3(uint8_t byte) {
     if ((byte & 0x7f) == 0x7f) return float_from_bits(0x7fc00000u);
-    // The field lands at the bottom of the fp32 exponent, 120 binades too low; subnormals land on subnormals.
-    const float magnitude = float_from_bits(uint32_t(byte & 0x7f) << 20) * float_from_bits((120u + 127u) << 23);
+    // (8·[p > 0] + f) · 2^(max(p, 1) - 10): an integer times a power of two, since fp32 subnormals take a slow path.
+    const uint32_t p = byte >> 3 & 15, f = byte & 7;
+    const float magnitude = float(int(p > 0 ? 8 + f : f)) * float_from_bits(((p > 1 ? p : 1) + 127 - 10) << 23);
     return byte & 0x80 ? -magnitude : magnitude;
 }
 

@@ -103,9 +103,15 @@ inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
         const __mmask16 zero = _mm512_testn_epi32_mask(bytes, bytes);
         return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(bytes, 23), zero, subnormal));
     }
+    // (8·[p > 0] + f) · 2^(max(p, 1) - 10): an integer times a power of two, since fp32 subnormals take a slow path.
+    const __m512i field = _mm512_and_si512(_mm512_srli_epi32(bytes, 3), _mm512_set1_epi32(15));
+    const __m512i f = _mm512_and_si512(bytes, _mm512_set1_epi32(7));
+    const __m512i steps = _mm512_mask_add_epi32(f, _mm512_test_epi32_mask(field, field), f, _mm512_set1_epi32(8));
+    const __m512i exponent =
+        _mm512_add_epi32(_mm512_max_epi32(field, _mm512_set1_epi32(1)), _mm512_set1_epi32(127 - 10));
+    const __m512 unit = _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+    const __m512 magnitude = _mm512_mul_ps(_mm512_cvtepi32_ps(steps), unit);
     const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(bytes, 7), 31);
-    const __m512i field = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(0x7f)), 20);
-    const __m512 magnitude = _mm512_mul_ps(_mm512_castsi512_ps(field), _mm512_set1_ps(0x1p120f));
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign));
 }
 

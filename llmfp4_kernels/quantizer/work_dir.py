@@ -15,7 +15,7 @@ from ..packed import PackedFP4, write_beside
 
 
 class WorkDir:
-    """Finished layers: a safetensors file and, written last, its report row with a fingerprint of what it depends on."""
+    """Finished layers: a safetensors file and, written last, a report row that says what it depends on."""
 
     def __init__(self, path: str | Path | None, settings: str):
         self.path = Path(path) if path else None
