@@ -27,9 +27,14 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]  # fmt: skip
-        subprocess.run(configure, cwd=build, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([cmake, "--build", ".", "-j", jobs], cwd=build, check=True)
+        try:
+            subprocess.run(configure, cwd=build, check=True)
+            subprocess.run([cmake, "--build", ".", "-j", jobs], cwd=build, check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"the native build failed ({error}); it needs a C++17 compiler such as g++ 9, named by CXX or on PATH"
+            )
 
 
 setup(ext_modules=[Extension("llmfp4_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -148,3 +148,17 @@ def test_choice_follows_m():
     assert all(name.startswith("cpu.") for name in names)
     if "cpu.amx" in [k.name for k in AVAILABLE]:
         assert names[0] != "cpu.amx" and names[1] == "cpu.amx"
+
+
+@pytest.mark.parametrize("features", [(), ("avx2",), ("avx2", "avx512vnni")], ids=lambda f: "+".join(f) or "none")
+def test_choice_on_lesser_cpus(features, monkeypatch):
+    rows = {name: row | {"supported": name in ("scalar", *features)} for name, row in native.cpu_kernels().items()}
+    monkeypatch.setattr(native, "cpu_kernels", lambda: rows)
+    kernel = choose(Problem(64, 64, 64, E2M1, E3M0))
+    assert kernel.name == f"cpu.{features[-1] if features else 'scalar'}"
+
+
+def test_without_the_native_module_the_reference_runs_and_says_why(monkeypatch):
+    monkeypatch.setattr(native, "problem_with_module", lambda: "the native module is not built")
+    with pytest.warns(UserWarning, match="not built"):
+        assert choose(Problem(64, 64, 64, E2M1, E3M0)).name == "reference"
