@@ -1,4 +1,4 @@
-"""Measure rivals against each other: correctness first, then A, B, A, B ... on operands that change from call to call."""
+"""Measure rivals against each other: correctness first, then A, B, A, B ... on operands that change every call."""
 
 from __future__ import annotations
 

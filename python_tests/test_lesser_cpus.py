@@ -1,4 +1,4 @@
-"""The same module on CPUs with fewer instructions, emulated by qemu: imports, chooses what is there, returns the same bits."""
+"""The same module on CPUs with fewer instructions, emulated by qemu: it imports, chooses and returns the same bits."""
 
 import json
 import os
