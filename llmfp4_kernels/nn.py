@@ -50,7 +50,9 @@ class FP4Module(nn.Module):
         bits = [recipe.weight_elements[0].exponent_bits, activation[0].exponent_bits if activation else 0]
         self.elements = nn.Parameter(torch.tensor(bits, dtype=torch.uint8, device=device), requires_grad=False)
         self.group_scale = _raw(n, -(-k // recipe.group_size), device=device) if recipe.group_size else None
-        self.x_scale = nn.Parameter(as_bytes(torch.ones((), device=device)), False) if activation else None
+        self.x_scale = (
+            nn.Parameter(as_bytes(torch.ones((), dtype=torch.float32, device=device)), False) if activation else None
+        )
         self.shift = _raw(k, device=device) if recipe.preshift and activation else None
 
     def _take(self, packed: PackedFP4):

@@ -75,6 +75,16 @@ def test_quantize_save_load(make, layers, recipe, tmp_path):
     assert os.listdir(tmp_path) == ["q"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_stays_dense_may_be_saved_in_16_bits(dtype, tmp_path):
+    model = llama()
+    quantize_model(model, "llm-fp4", [TOKENS], include=("*", "embed_tokens"), progress=False)
+    expected = output(model.to(dtype))
+    save_quantized(model, tmp_path / "q")
+    again = load_quantized(tmp_path / "q")
+    assert expected.dtype == dtype and torch.equal(output(again), expected)
+
+
 def test_every_skipped_module_has_a_reason():
     model = llama()
     report = quantize_model(model, "mxfp4", include=("*_proj",), exclude=("*.1.*", "lm_head"), progress=False)
