@@ -15,9 +15,10 @@ def _quality(axes, report: dict) -> None:
     for name, ppl in report["ppl"].items():
         megabytes = size[name] / 1e6
         axes.scatter(megabytes, ppl, s=70, color=COLORS[name], zorder=3)
-        left = megabytes > 300  # labels stay inside the axes
-        axes.annotate(f"{name}\n{ppl:,.1f}", (megabytes, ppl), xytext=(-9 if left else 9, 0), va="center",
-                      ha="right" if left else "left", textcoords="offset points", fontsize=9)  # fmt: skip
+        # The dense models share a height: their labels go below, the packed ones share a size: theirs go beside.
+        dense = name in ("fp32", "bf16")
+        axes.annotate(f"{name}  {ppl:,.1f}", (megabytes, ppl), xytext=(0, -14) if dense else (9, 0), va="center",
+                      ha="center" if dense else "left", textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = min(report["ppl"].values()), max(report["ppl"].values())
