@@ -25,7 +25,7 @@ inline void multiply_block(const char* a, size_t lda, size_t part_stride, int pa
                            void* sums, bool first) {
     constexpr size_t stride = sums_ld * 4;
     char* c = static_cast<char*>(sums);
-    if (!first || std::is_same_v<Op, SignedByUnsigned>) {
+    if (!first) {
         load_sum<0, 0>(c, stride);
         if constexpr (NT > 1) load_sum<0, 1>(c + 64, stride);
         if constexpr (MT > 1) load_sum<1, 0>(c + 16 * stride, stride);
@@ -97,10 +97,6 @@ inline void integer_task(const Weights& w, const Activation& a, const Call& call
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     const size_t plane = (size_t(m) + 15) / 16 * 16 * sums_ld;
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, x.planes * plane * sizeof(int32_t)));
-    for (int p = 0; p < x.planes; ++p)
-        for (int r = 0; r < m; ++r)
-            for (size_t i = 0; i < sums_ld; ++i)
-                sums[p * plane + r * sums_ld + i] = -table.offset * x.sums[p * x.m + m0 + r];
     const int total = int(w.at.padded_k()) / step_bytes;
     for (int s = 0; s < total; s += panel_steps) {
         const int steps = total - s < panel_steps ? total - s : panel_steps;
@@ -108,9 +104,9 @@ inline void integer_task(const Weights& w, const Activation& a, const Call& call
         for (int p = 0; p < x.planes; ++p)
             multiply_panel<SignedByUnsigned>(reinterpret_cast<const char*>(x.row(p * x.m + m0)) + s * step_bytes, x.ld,
                                              0, 1, m, panel, tiles, steps, reinterpret_cast<char*>(sums + p * plane),
-                                             false);
+                                             s == 0);
     }
-    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane);
+    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane, table.offset);
 }
 
 // bf16 parts of the activations: part p of row m at (p·m_padded + m)·ld.
@@ -120,35 +116,43 @@ struct PartRows {
     int parts;
 };
 
-template <class T>
-inline void split_row(const T* x, int k, const float* factor, int parts, char* out, size_t part_stride) {
+template <int parts, class T>
+inline void split_row(const T* __restrict x, int k, int padded_k, const float* __restrict factor, uint16_t* out,
+                      size_t part_stride) {
+    uint16_t* __restrict first = out;
+    uint16_t* __restrict second = out + part_stride;
+    uint16_t* __restrict third = out + 2 * part_stride;
     for (int i = 0; i < k; ++i) {
-        float rest = to_float(x[i]) * factor[i];
-        for (int p = 0; p < parts; ++p) {
-            const uint16_t part = float_to_bf16(rest);
-            reinterpret_cast<uint16_t*>(out + p * part_stride)[i] = part;
-            rest -= bf16_to_float(part);
-        }
+        const float value = to_float(x[i]) * factor[i];
+        first[i] = float_to_bf16(value);
+        if constexpr (parts > 1) second[i] = float_to_bf16(value - bf16_to_float(first[i]));
+        if constexpr (parts > 2) third[i] = float_to_bf16(value - bf16_to_float(first[i]) - bf16_to_float(second[i]));
     }
+    for (int p = 0; p < parts; ++p)
+        for (int i = k; i < padded_k; ++i) out[p * part_stride + i] = 0;
 }
+
+// How many bf16 numbers of 8 significant bits hold one number of this type: 8, 11 or 24 bits.
+template <class T>
+constexpr int parts_of = 3;
+template <>
+constexpr int parts_of<Fp16> = 2;
+template <>
+constexpr int parts_of<Bf16> = 1;
 
 inline PartRows split_rows(const Weights& w, const float* x_factor, const Call& call) {
     PartRows x;
     const size_t padded_k = w.at.padded_k(), rows = round_up(call.m, 16);
-    x.parts = call.dtype == Dtype::bf16 ? 1 : call.dtype == Dtype::f16 ? 2 : 3;
+    with_dtype(call.dtype, [&](auto type) { x.parts = parts_of<decltype(type)>; });
     x.ld = spread_stride(padded_k * 2);
     x.part_stride = rows * x.ld;
     x.at = padded_rows(rows, x.ld, x.parts, 0);
     with_dtype(call.dtype, [&](auto type) {
         const auto* source = static_cast<const decltype(type)*>(call.x);
         parallel_ranges(call.threads, call.m, [&](long begin, long end) {
-            for (long m = begin; m < end; ++m) {
-                char* out = x.at + m * x.ld;
-                for (int p = 0; p < x.parts; ++p)
-                    for (size_t i = w.at.k; i < padded_k; ++i)
-                        reinterpret_cast<uint16_t*>(out + p * x.part_stride)[i] = 0;
-                split_row(source + m * call.ldx, w.at.k, x_factor, x.parts, out, x.part_stride);
-            }
+            for (long m = begin; m < end; ++m)
+                split_row<parts_of<decltype(type)>>(source + m * call.ldx, w.at.k, int(padded_k), x_factor,
+                                                    reinterpret_cast<uint16_t*>(x.at + m * x.ld), x.part_stride / 2);
         });
     });
     return x;

@@ -60,8 +60,10 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
         parallel_ranges(threads, call.m, [&](long begin, long end) {
             for (int m = int(begin); m < int(end); ++m) {
                 int32_t sums[2];
-                int8_t* high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
-                x.finite[m] = quantize_row(source + m * call.ldx, w.at.k, padded_k, a, x.at + m * x.ld, high, sums);
+                int8_t *low = x.at + m * x.ld, *high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
+                const auto* row = source + m * call.ldx;
+                x.finite[m] = high ? quantize_row<2>(row, w.at.k, padded_k, a, low, high, sums)
+                                   : quantize_row<1>(row, w.at.k, padded_k, a, low, high, sums);
                 x.sums[m] = sums[0];
                 if (high) x.sums[x.m + m] = sums[1];
             }
@@ -70,16 +72,19 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
     return x;
 }
 
-// sums [planes][rows][ld]: finish rows m0.. of the call for `count` outputs from n0.
+// sums [planes][rows][ld]: finish rows m0.. of the call for `count` outputs from n0. `offset` is what the weights were
+// decoded with, if the sums were not started with its correction.
 inline void finish_rows(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int rows,
-                        int n0, int count, const int32_t* sums, size_t ld, size_t plane_stride) {
+                        int n0, int count, const int32_t* sums, size_t ld, size_t plane_stride, int offset) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         for (int r = 0; r < rows; ++r) {
             const int m = m0 + r;
             const int32_t* low = sums + r * ld;
+            const bool split = x.planes == 2;
             const float x_scale = x.finite[m] ? a.sum_scale : __builtin_nanf("");
-            finish_integer_row(low, x.planes == 2 ? low + plane_stride : nullptr, x_scale, w.row_scale + n0,
+            finish_integer_row(low, -offset * x.sums[m], split ? low + plane_stride : nullptr,
+                               split ? -offset * x.sums[x.m + m] : 0, x_scale, w.row_scale + n0,
                                w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0,
                                count);
         }
@@ -171,7 +176,7 @@ inline void few(const Weights& w, const Activation& a, const Call& call, const I
                 row += with_block<fused_rows>(x.rows() - row, [&](auto mt) {
                     multiply_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
                 });
-            finish_rows(w, a, call, x, 0, x.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld, x.m * ld);
+            finish_rows(w, a, call, x, 0, x.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld, x.m * ld, 0);
         });
 }
 
@@ -197,7 +202,7 @@ inline void many(const Weights& w, const Activation& a, const Call& call, const 
                     });
         });
     }
-    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld);
+    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld, 0);
 }
 
 // Threads worth waking: a share below 2^18 multiplications ends before a second thread has started.

@@ -58,39 +58,37 @@ inline void with_dtype(Dtype dtype, F&& f) {
     if (dtype == Dtype::f16) f(Fp16{});
 }
 
-// x [k] → element(code) · integer_factor, rounded as reference.encode does; padded with zeros to padded_k.
-// Returns false if the row holds NaN or Inf.
-template <class T>
-inline bool quantize_row(const T* x, int k, int padded_k, const Activation& a, int8_t* low, int8_t* high,
-                         int32_t* sums) {
+// x [k] → element(code) · integer_factor, rounded as reference.encode does; padded with zeros to padded_k. `sums` are
+// those of the planes. Returns false if the row holds NaN or Inf. Bytes may alias anything, so without __restrict
+// nothing vectorises (512 x 576 activations: 900 us against 60).
+template <int planes, class T>
+inline bool quantize_row(const T* __restrict x, int k, int padded_k, const Activation& a, int8_t* __restrict low,
+                         int8_t* __restrict high, int32_t* sums) {
+    const float* __restrict inverse = a.inverse;
+    const float* __restrict factor = a.integer_factor;
     const float top = float(a.element.max_integer()) / float(a.element.integer_scale());
-    const int mantissa_bits = a.element.mantissa_bits;
+    const uint32_t to_anchor = uint32_t(23 - a.element.mantissa_bits) << 23;
     const uint32_t smallest = uint32_t(127 + 1 - a.element.bias) << 23;
     uint32_t special = 0;
     int32_t sum_low = 0, sum_high = 0;
-    auto integer = [&](int i) {
+    for (int i = 0; i < k; ++i) {
         const float value = to_float(x[i]);
         special |= uint32_t((bits_of(value) & 0x7f800000u) == 0x7f800000u);
-        const float v = value * a.inverse[i];
+        const float v = value * inverse[i];
+        const uint32_t sign = bits_of(v) & 0x80000000u;
         const float magnitude = __builtin_fabsf(v) < top ? __builtin_fabsf(v) : top;
         uint32_t binade = bits_of(magnitude) & 0x7f800000u;
         binade = binade > smallest ? binade : smallest;
         // 1.5·2^23 steps of this binade: adding it rounds to a whole step, ties to even.
-        const float anchor = float_from_bits((binade + (uint32_t(23 - mantissa_bits) << 23)) | 0x00400000u);
+        const float anchor = float_from_bits((binade + to_anchor) | 0x00400000u);
         const float rounded = (magnitude + anchor) - anchor;
-        return int32_t((v < 0.0f ? -rounded : rounded) * a.integer_factor[i]);
-    };
-    if (!high) {
-        for (int i = 0; i < k; ++i) {
-            const int32_t v = integer(i);
-            low[i] = int8_t(v);
-            sum_low += v;
-        }
-    } else {
-        for (int i = 0; i < k; ++i) {
-            const int32_t v = integer(i);
-            const bool large = v > plane_limit || v < -plane_limit;
-            const int32_t l = large ? 0 : v, h = large ? v / plane_weight : 0;
+        const int32_t integer = int32_t(float_from_bits(bits_of(rounded) | sign) * factor[i]);
+        if constexpr (planes == 1) {
+            low[i] = int8_t(integer);
+            sum_low += integer;
+        } else {
+            const bool large = integer > plane_limit || integer < -plane_limit;
+            const int32_t l = large ? 0 : integer, h = large ? integer / plane_weight : 0;
             low[i] = int8_t(l);
             high[i] = int8_t(h);
             sum_low += l;
@@ -99,33 +97,44 @@ inline bool quantize_row(const T* x, int k, int padded_k, const Activation& a, i
     }
     for (int i = k; i < padded_k; ++i) {
         low[i] = 0;
-        if (high) high[i] = 0;
+        if (planes == 2) high[i] = 0;
     }
     sums[0] = sum_low;
-    if (high) sums[1] = sum_high;
+    if (planes == 2) sums[1] = sum_high;
     return special == 0;
 }
 
 // x [k] · factor [k] in fp32, padded with zeros.
 template <class T>
-inline void convert_row(const T* x, int k, int padded_k, const float* factor, float* out) {
+inline void convert_row(const T* __restrict x, int k, int padded_k, const float* __restrict factor,
+                        float* __restrict out) {
     for (int i = 0; i < k; ++i) out[i] = to_float(x[i]) * factor[i];
     for (int i = k; i < padded_k; ++i) out[i] = 0.0f;
 }
 
 // The one epilogue of every integer kernel: fp32(sum) · x_scale, · row_scale, + bias, each rounded to fp32.
+// low_start and high_start are what the sums of the planes were not started with.
 template <class T>
-inline void finish_integer_row(const int32_t* low, const int32_t* high, float x_scale, const float* row_scale,
-                               const float* bias, T* y, int count) {
-    for (int i = 0; i < count; ++i) {
-        const float sum = high ? float(double(low[i]) + double(plane_weight) * double(high[i])) : float(low[i]);
-        const float scaled = sum * x_scale * row_scale[i];
-        y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);
+inline void finish_integer_row(const int32_t* __restrict low, int32_t low_start, const int32_t* __restrict high,
+                               int32_t high_start, float x_scale, const float* __restrict row_scale,
+                               const float* __restrict bias, T* __restrict y, int count) {
+    if (high) {
+        for (int i = 0; i < count; ++i) {
+            const double sum = double(low[i] + low_start) + double(plane_weight) * double(high[i] + high_start);
+            const float scaled = float(sum) * x_scale * row_scale[i];
+            y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);
+        }
+    } else {
+        for (int i = 0; i < count; ++i) {
+            const float scaled = float(low[i] + low_start) * x_scale * row_scale[i];
+            y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);
+        }
     }
 }
 
 template <class T>
-inline void finish_float_row(const float* sums, const float* row_scale, const float* bias, T* y, int count) {
+inline void finish_float_row(const float* __restrict sums, const float* __restrict row_scale,
+                             const float* __restrict bias, T* __restrict y, int count) {
     for (int i = 0; i < count; ++i) {
         const float scaled = sums[i] * row_scale[i];
         y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);

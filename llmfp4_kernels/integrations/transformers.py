@@ -162,8 +162,8 @@ def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         config["dtype"] = str(dtype).removeprefix("torch.")
         config["quantization_config"] = LLMFP4Config(entries).to_dict()
-        tied_head = entries.get("lm_head")
-        if tied_head is not None:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, FP4Module) for end in ends):
             config["tie_word_embeddings"] = False  # packed layers share by name, see `layers`
         (beside / "config.json").write_text(json.dumps(config, indent=1))
         if getattr(model, "generation_config", None) is not None:
