@@ -133,6 +133,13 @@ def test_layers_see_full_precision_inputs(monkeypatch):
     assert torch.equal(output(whole), output(split))
 
 
+def test_calibration_may_be_one_batch_or_keyword_arguments():
+    models = [llama() for _ in range(3)]
+    for model, calibration in zip(models, ([TOKENS], TOKENS, [{"input_ids": TOKENS, "use_cache": False}])):
+        quantize_model(model, "llm-fp4", calibration, include=("up_proj",), progress=False)
+    assert all(torch.equal(output(models[0]), output(model)) for model in models[1:])
+
+
 class Interrupted(Exception):
     pass
 

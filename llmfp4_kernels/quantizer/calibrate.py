@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,7 +116,7 @@ def group_passes(modules: dict[str, nn.Module], sample_tokens: int, budget_bytes
 
 def _forward(model: nn.Module, batch) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         model(**{key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()})
     else:
         model(batch.to(device))
@@ -156,7 +156,9 @@ def _check(modules: dict[str, nn.Module], names, batches, sample_tokens: int) ->
     if not batches:
         raise BadInput("calibration needs at least one batch, got none")
     for i, batch in enumerate(batches):
-        tensors = [v for v in (batch.values() if isinstance(batch, dict) else [batch]) if isinstance(v, torch.Tensor)]
+        tensors = [
+            v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(v, torch.Tensor)
+        ]
         if not tensors or any(t.numel() == 0 for t in tensors):
             raise BadInput(f"calibration batch {i} of {len(batches)} holds no tokens")
 

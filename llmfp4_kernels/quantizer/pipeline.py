@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | No
 def _settings(calibration, sample_tokens: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for batch in calibration or ():
-        for tensor in batch.values() if isinstance(batch, dict) else [batch]:
+        for tensor in batch.values() if isinstance(batch, Mapping) else [batch]:
             digest.update(repr(tensor.shape if torch.is_tensor(tensor) else tensor).encode())
             if torch.is_tensor(tensor):
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -145,7 +146,7 @@ def quantize_model(
 ) -> Report:
     """Replace the linear layers of `model` by FP4Linear, in place. Each sees full-precision inputs (LLM-FP4 app. F).
 
-    calibration  batches for the model's forward: token ids [b, t], or dicts of keyword arguments
+    calibration  a batch, or several, for the model's forward: token ids [b, t], or dicts of keyword arguments
     include, exclude, overrides  globs on module names or their last part; overrides maps a glob to a recipe's name.
                  Embeddings are quantized where include names them (not by "*"); one that shares its weight with a
                  quantized head shares its codes
@@ -155,6 +156,7 @@ def quantize_model(
     recipe, missing or empty calibration, or if no layer is left to quantize.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    calibration = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
     total = sum(p.numel() for p in model.parameters())
     plan = make_plan(model, recipe, include, exclude, overrides or {})
     _check(model, plan, calibration)

@@ -1,0 +1,76 @@
+"""Write the README's figures from the files in benchmarks/results/: python benchmarks/figures.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKS = re.compile(r"(<!-- figures: begin -->\n).*?(<!-- figures: end -->)", re.DOTALL)
+
+
+def where(record: dict) -> str:
+    machine = record["machine"]
+    return f"{machine['cpu']} with {machine['cores']} cores, commit {record['commit'][:10]}"
+
+
+def demo_table(report: dict) -> list[str]:
+    """The demo's language model: quality, size, speed."""
+    decode, prefill = report["tokens_per_s"]["decode"], report["tokens_per_s"]["prefill"]
+    sizes = report["bytes"] | report["bytes_by_recipe"]
+    lines = [
+        f"`make demo`: {report['model']}, {report['tokens']} held-out tokens of {report['text']} "
+        f"(`results/demo.json`, {where(report)}, {report['seconds']:.0f} s in all).",
+        "",
+        "| | perplexity | MB of weights | decode tokens/s | prefill tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys([*decode, *report["ppl"]]):
+        cells = (report["ppl"].get(name), sizes.get(name, 0) / 1e6 or None, decode.get(name), prefill.get(name))
+        lines.append(f"| {name} | " + " | ".join("–" if c is None else f"{c:.1f}" for c in cells) + " |")
+    return lines
+
+
+def gemm_table(rows: list[dict], threads: int) -> list[str]:
+    """Speed-up over torch fp32 for each m, one line per contender."""
+    rows = [row for row in rows if row["threads"] == threads]
+    ms = sorted({row["m"] for row in rows})
+    n, k = rows[0]["n"], rows[0]["k"]
+    lines = [
+        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}: times faster than torch's fp32 "
+        f"linear in the same run, median of pairs (`results/gemm.jsonl`, {where(rows[0])}).",
+        "",
+        "| m | " + " | ".join(map(str, ms)) + " |",
+        "|---" * (len(ms) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        by_m = {row["m"]: row["ratio"] for row in rows if row["name"] == name}
+        lines.append(f"| {name} | " + " | ".join(f"{by_m[m]:.1f}" for m in ms) + " |")
+    return lines
+
+
+def figures() -> str:
+    parts = []
+    demo, gemm = RESULTS / "demo.json", RESULTS / "gemm.jsonl"
+    if demo.is_file():
+        parts.append(demo_table(json.loads(demo.read_text())))
+    if gemm.is_file():
+        rows = [json.loads(line) for line in gemm.read_text().splitlines()]
+        parts += [gemm_table(rows, threads) for threads in sorted({row["threads"] for row in rows})]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if not MARKS.search(text):
+        sys.exit(f"{readme} has no figures markers")
+    readme.write_text(MARKS.sub(lambda match: match[1] + "\n" + figures() + "\n" + match[2], text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
