@@ -77,7 +77,7 @@ def quantized(dense, tokenizer, recipe: str, calibration: list[torch.Tensor], bu
     folder, record_file, key = build / recipe, build / f"{recipe}.json", fingerprint(dense, recipe, calibration)
     record = json.loads(record_file.read_text()) if record_file.is_file() and folder.is_dir() else {}
     if record.get("fingerprint") == key:
-        print(f"{recipe}: reusing {folder}, quantized {record['date']} in {record['seconds']:.0f} s", flush=True)
+        print(f"{recipe}: reusing {folder}, quantized {record['date']}", flush=True)
         return load_quantized(folder), record | {"reused": True}
     print(f"{recipe}: quantizing on {sum(b.numel() for b in calibration)} tokens", flush=True)
     record_file.unlink(missing_ok=True)
@@ -92,6 +92,7 @@ def quantized(dense, tokenizer, recipe: str, calibration: list[torch.Tensor], bu
         "fingerprint": key,
         "date": machine.machine()["date"],
         "seconds": time.perf_counter() - started,
+        "search_seconds": sum(row["seconds"] for row in report.layers),  # of all layers, also those an earlier run did
         "layers": len(report.layers),
         "coverage": report.coverage,
         "median_relative_error": errors[len(errors) // 2],
