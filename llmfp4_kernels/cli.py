@@ -112,6 +112,7 @@ def _add_model_commands(command) -> None:
     c.add_argument("--tokens", type=positive, default=16384, help="calibration tokens (default 16384)")
     c.add_argument("--include", action="append", metavar="GLOB", help="layers to quantize (default: all)")
     c.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave out")
+    c.add_argument("--override", action="append", metavar="GLOB=RECIPE", help="another recipe for some layers")
     c.add_argument("--lm-head", action="store_true", help="quantize lm_head too")
     c.add_argument("--embeddings", action="store_true", help="quantize the input embedding too")
     c.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what stays dense (default bfloat16)")

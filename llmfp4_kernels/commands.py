@@ -55,13 +55,23 @@ def is_quantized(path: Path) -> bool:
         return False
 
 
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    """{glob: recipe} of "GLOB=RECIPE" options; raises BadInput for another form or an unknown recipe."""
+    split = [pair.partition("=") for pair in pairs]
+    for glob, sign, name in split:
+        if not (glob and sign):
+            raise BadInput(f"--override {glob + sign + name!r} is not of the form GLOB=RECIPE")
+        formats.recipe(name)
+    return {glob: name for glob, _, name in split}
+
+
 def quantize(args) -> dict:
     import torch
 
     from .evaluate import load_ids, windows
     from .quantizer.pipeline import quantize_model
 
-    recipe = formats.recipe(args.recipe)
+    recipe, overrides = formats.recipe(args.recipe), _overrides(args.override or [])
     _output_folder(args.out)
     if recipe.needs_calibration and not args.calibration:
         raise BadInput(f"recipe {recipe.name!r} needs --calibration TEXT")
@@ -78,7 +88,9 @@ def quantize(args) -> dict:
     if args.embeddings:
         include += [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
     work = args.out.with_name(f"{args.out.name}.partial")  # beside, so that --out appears whole or not at all
-    report = quantize_model(model, recipe.name, calibration, include=include, exclude=exclude, work_dir=work)
+    report = quantize_model(
+        model, recipe.name, calibration, include=include, exclude=exclude, overrides=overrides, work_dir=work
+    )
     transformers.save_quantized(model.to(getattr(torch, args.dtype)), args.out, tokenizer=tokenizer, report=report)
     shutil.rmtree(work, ignore_errors=True)
     tokens = sum(batch.numel() for batch in calibration or [])

@@ -83,6 +83,17 @@ def test_lm_head_embeddings_and_globs(folder, tmp_path, capsys):
     assert code == 0 and len(result["layers"]) == 4
 
 
+def test_override_gives_some_layers_another_recipe(folder, tmp_path, capsys):
+    arguments = quantize_arguments(folder, tmp_path / "q", "--override", "*.q_proj=nvfp4", "--tokens", "200")
+    code, result, _ = run(capsys, *arguments)
+    recipes = {row["name"].rsplit(".", 1)[-1]: row["recipe"] for row in result["layers"]}
+    assert code == 0 and recipes["q_proj"] == "nvfp4" and recipes["k_proj"] == "llm-fp4"
+    for wrong, message in (("q_proj", "GLOB=RECIPE"), ("q_proj=fp5", "fp5"), ("=nvfp4", "GLOB=RECIPE")):
+        out = tmp_path / "refused"
+        assert message in refused(capsys, *quantize_arguments(folder, out, "--override", wrong))
+        assert not out.exists()
+
+
 def test_a_recipe_without_calibration_needs_no_text(folder, tmp_path, capsys):
     code, result, _ = run(capsys, "quantize", folder / "dense", "--out", tmp_path / "q", "--recipe", "mxfp4")
     assert code == 0 and result["calibration_tokens"] == 0
