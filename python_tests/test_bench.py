@@ -36,5 +36,5 @@ def test_result_lines_carry_machine_and_commit(gemm, tmp_path, threads):
     out = tmp_path / "r.jsonl"
     gemm.main(["--n", "48", "--k", "64", "--m", "1", "--threads", "1", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["name"] for row in rows][0] == "fp32" and rows[0]["ratio"] == 1
+    assert rows[0]["name"] == "fp32" and rows[0]["ratio"] == 1
     assert len(rows) == 7 and all({"machine", "commit", "seconds", "spread", "kernel"} <= set(row) for row in rows)
