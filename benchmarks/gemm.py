@@ -37,7 +37,7 @@ def _within(y, exact, magnitude, relative):
 
 
 class Product:
-    """check(x, y): y is x times a dense float64 weight within a share of Σ|x||w|. What is expected is kept for each m."""
+    """check(x, y): y is x times a dense float64 weight within a share of Σ|x||w|. Expected values are kept per m."""
 
     def __init__(self, weight: torch.Tensor, relative: float):
         self.weight, self.relative, self.known = weight, relative, {}
