@@ -153,7 +153,7 @@ def run(dense, tokenizer, texts: tuple[str, str], build: Path, sizes: Sizes, nam
     ppl = {}
     for name in ("fp32", "bf16", *RECIPES):
         ppl[name] = perplexity(models[name], ids, sizes.window)
-        now = step(f"perplexity {name} = {ppl[name]:.2f}", now)
+        now = step(f"perplexity {name}", now)
     generated = {
         prompt: {name: generate(models[name], tokenizer, prompt, sizes.generate) for name in ("llm-fp4", "llm-fp4-a16")}
         for prompt in PROMPTS

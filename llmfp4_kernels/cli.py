@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def explain(args) -> dict:
     import torch
 
     from .problem import Problem
+    from .registry import FORCE
     from .registry import explain as walk
 
     recipe = formats.recipe(args.recipe)
@@ -82,11 +84,13 @@ def explain(args) -> dict:
         dtype=getattr(torch, args.dtype), device=args.device,
     )  # fmt: skip
     steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
+    forced = os.environ.get(FORCE)
+    willing = [step["kernel"] for step in steps if step["refusal"] is None and forced in (None, "", step["kernel"])]
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
-        "runs": next((step["kernel"] for step in steps if step["refusal"] is None), None),
+        "forced": forced or None, "runs": willing[0] if willing else None,
     }  # fmt: skip
 
 
@@ -99,6 +103,8 @@ def show_explain(result: dict) -> str:
     for step in result["walk"]:
         verdict = step["refusal"] or ("runs" if step["kernel"] == result["runs"] else "would run too")
         lines.append(f"  {step['kernel']:16} {verdict}")
+    if result["forced"]:
+        lines.append(f"LLMFP4_KERNEL forces {result['forced']}")
     return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])
 
 
@@ -149,7 +155,7 @@ def parser() -> Parser:
     c.add_argument("--element", help="weight element, where the recipe searches it (default e2m1)")
     c.add_argument("--activation", help="activation element, where the recipe searches it (default e2m1)")
     c.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of x and y")
-    c.add_argument("--device", default="cpu")
+    c.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return top
 
 

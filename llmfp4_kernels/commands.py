@@ -149,6 +149,8 @@ def generate(args) -> dict:
     if not args.prompt.strip():
         raise BadInput(f"--prompt of {len(args.prompt)} characters holds no text")
     model, tokenizer = _quantized(args.model)
+    if args.chat and not tokenizer.chat_template:
+        raise BadInput(f"--chat: the tokenizer in {args.model} has no chat template")
     if args.chat:
         turn = [{"role": "user", "content": args.prompt}]
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)

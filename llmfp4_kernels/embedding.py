@@ -21,7 +21,7 @@ class FP4Embedding(FP4Module):
 
     def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4-a16"):
         super().__init__()
-        recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        recipe = recipe_named(recipe)
         self._set_format(embedding_dim, num_embeddings, recipe.name, recipe.group_scale, recipe.group_size)
         self._fresh_tensors(recipe, device)
         self._describe(num_embeddings, embedding_dim, dtype or torch.get_default_dtype(), None)

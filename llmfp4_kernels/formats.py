@@ -164,8 +164,10 @@ RECIPES = {
 }
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`; raises BadInput with the known names otherwise."""
-    if name not in RECIPES:
+def recipe(name: str | Recipe) -> Recipe:
+    """The recipe called `name`, or the Recipe given; raises BadInput with the known names otherwise."""
+    if isinstance(name, Recipe):
+        return name
+    if not isinstance(name, str) or name not in RECIPES:
         raise BadInput(f"unknown recipe {name!r}: known are {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import torch
 from torch import nn
 
 from . import layout, reference
-from .errors import BadInput
+from .errors import BadInput, NoKernel
 from .formats import FP4_ELEMENTS, Recipe
 from .formats import recipe as recipe_named
-from .ops import CurrentMultiplier, Multiplier, as_bytes, packed_of
+from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of
 from .packed import PackedFP4, codes_shape
 
+_shuffling = threading.Lock()
 _BY_EXPONENT_BITS = {element.exponent_bits: element for element in FP4_ELEMENTS.values()}
 
 
@@ -40,6 +42,7 @@ class FP4Module(nn.Module):
         self.in_features, self.out_features = k, n
         self.recipe, self.scale, self.group_size = recipe, scale, group_size
         self._spec: dict | None = None
+        self._spec_of_meta = False
         self._current: CurrentMultiplier | None = None
 
     def _fresh_tensors(self, recipe: Recipe, device):
@@ -78,8 +81,10 @@ class FP4Module(nn.Module):
 
     def spec(self) -> dict:
         """PackedFP4.spec of the weight; `elements` is read once."""
-        if self._spec is None:
-            weight_bits, activation_bits = self.elements.tolist()
+        if self._spec is None or self._spec_of_meta:
+            # On meta nothing but shapes is known: any element stands for the one that a checkpoint will bring.
+            anything = [2, 0 if self.x_scale is None else 2]
+            weight_bits, activation_bits = anything if self.elements.is_meta else self.elements.tolist()
             if weight_bits not in _BY_EXPONENT_BITS or activation_bits not in (0, *_BY_EXPONENT_BITS):
                 raise BadInput(
                     f"elements {[weight_bits, activation_bits]} name no 4-bit format: expected 1..3, and 0..3"
@@ -92,6 +97,7 @@ class FP4Module(nn.Module):
                 "group_size": self.group_size,
                 "recipe": self.recipe,
             }
+            self._spec_of_meta = self.elements.is_meta
             # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
             self._spec_text = {
                 ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in ((2, "row"), (3, "tiled"))
@@ -109,7 +115,9 @@ class FP4Module(nn.Module):
 
     def packed(self) -> PackedFP4:
         """The weight as a PackedFP4 in row order."""
-        return layout.to_layout(packed_of(*self.op_arguments()), "row")
+        _, *tensors, _ = self.op_arguments()
+        codes = self.codes.detach()  # keeps its memory when a first forward puts tiles in place of it
+        return layout.to_layout(packed_of(codes, *tensors, self._spec_text[codes.ndim]), "row")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [n, k] that the codes stand for."""
@@ -142,9 +150,12 @@ class FP4Linear(FP4Module, nn.Linear):
         self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4"
     ):
         nn.Module.__init__(self)
-        if in_features < 1 or out_features < 1:
-            raise BadInput(f"in_features = {in_features} and out_features = {out_features} must be at least 1")
-        recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        sizes = f"in_features = {in_features} and out_features = {out_features}"
+        if not all(isinstance(size, int) and size >= 1 for size in (in_features, out_features)):
+            raise BadInput(f"{sizes} must be whole numbers, at least 1")
+        if dtype is not None and not dtype.is_floating_point:
+            raise BadInput(f"dtype = {dtype} is no dtype of activations: expected a floating-point one")
+        recipe = recipe_named(recipe)
         self._set_format(in_features, out_features, recipe.name, recipe.group_scale, recipe.group_size)
         self._fresh_tensors(recipe, device)
         self.bias = None
@@ -178,6 +189,8 @@ class FP4Linear(FP4Module, nn.Linear):
             recipe = quantize_linear(weight, recipe, calibration)
         if recipe.shape != tuple(weight.shape):
             raise BadInput(f"a packed weight of {list(recipe.shape)} does not match a layer of {list(weight.shape)}")
+        if linear.bias is not None:
+            reference.require_finite("bias", linear.bias)
         return cls.from_packed(recipe.to(weight.device), linear.bias)
 
     def _fused_bias(self) -> torch.Tensor | None:
@@ -190,11 +203,12 @@ class FP4Linear(FP4Module, nn.Linear):
         """
         current = self._current
         if current is None or not current.holds(self._parameters.values()):
-            if self.codes.ndim == 2 and self.codes.device.type == "cpu" and not hasattr(self, "_hf_hook"):
-                self.codes.data = layout.shuffle_codes(self.codes, self.in_features)
-            *tensors, spec = self.op_arguments()
-            made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
-            current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
+            with _shuffling:  # two threads may meet at a layer's first call
+                if self.codes.ndim == 2 and self.codes.device.type == "cpu" and not hasattr(self, "_hf_hook"):
+                    self.codes.data = layout.shuffle_codes(self.codes, self.in_features)
+                *tensors, spec = self.op_arguments()
+                made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
+                current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
         return current.multiplier
 
     def kernel(self, m: int, dtype: torch.dtype = torch.float32) -> str:
@@ -202,9 +216,9 @@ class FP4Linear(FP4Module, nn.Linear):
         return self.multiplier().choose(m, dtype)[0].name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or needs_dispatcher(x, self.codes):
             *tensors, spec = self.op_arguments()
             y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec)
         else:
@@ -219,5 +233,8 @@ class FP4Linear(FP4Module, nn.Linear):
         text += f", recipe={self.recipe!r}"
         if self.codes.device.type == "meta":
             return text + ", on meta"
-        spec = self.spec()
-        return text + f", {spec['element']} x {spec['activation'] or '16-bit'}, kernel={self.kernel(1)}"
+        try:
+            kernel = self.kernel(1)
+        except NoKernel as error:
+            kernel = f"none ({error})"
+        return text + f", {self.spec()['element']} x {self.spec()['activation'] or '16-bit'}, kernel={kernel}"

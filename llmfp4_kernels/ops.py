@@ -49,6 +49,22 @@ def packed_of(codes, row_scale, group_scale, x_scale, shift, spec: str) -> Packe
     return PackedFP4.from_spec(_parse(spec), {name: t for name, t in tensors.items() if t is not None})
 
 
+def needs_dispatcher(x: torch.Tensor, codes: torch.Tensor) -> bool:
+    """Whether a call must go through the custom op: for a gradient, or because tensors have no memory to point at.
+
+    Fake and meta tensors, vmap's batches and tensor subclasses have none; a trace would not see the call.
+    """
+    return (
+        type(x) is not torch.Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or x.is_meta
+        or codes.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 @dataclass
 class Multiplier:
     """A packed weight on its way through the kernels: the choice is made once per m and dtype."""
@@ -71,7 +87,7 @@ class Multiplier:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] → y [..., n], dtype of x."""
         n, k = self.packed.shape
-        if x.shape[-1] != k or not x.is_floating_point():
+        if x.ndim == 0 or x.shape[-1] != k or not x.is_floating_point():
             raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
         m = x.numel() // k
         if m == 0:
@@ -81,7 +97,11 @@ class Multiplier:
 
 
 class CurrentMultiplier:
-    """A Multiplier and the tensors it was made from, to notice when one is replaced, moved or written to."""
+    """A Multiplier and the tensors it was made from, to notice when one is replaced, moved or written to.
+
+    Writes that hide from torch's version counter (through `.data`, or to inference tensors) are seen in codes,
+    row_scale and a float32 bias, which the CPU kernels read in place, and not in x_scale, shift and a 16-bit bias.
+    """
 
     def __init__(self, tensors: list[torch.Tensor | None], multiplier: Multiplier):
         self.tensors, self.multiplier = tensors, multiplier

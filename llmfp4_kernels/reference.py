@@ -14,6 +14,8 @@ from .packed import PackedFP4, pack, unpack
 
 def require_finite(name: str, x: torch.Tensor) -> None:
     """Raise BadInput with the counts if `x` holds NaN or Inf."""
+    if x.is_meta:
+        raise BadInput(f"{name} of shape {list(x.shape)} is on the meta device and has no values")
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise BadInput(f"{name} of shape {list(x.shape)} holds {bad} values that are NaN or Inf")

@@ -189,7 +189,7 @@ def test_bad_input_leaves_the_model_alone(spoil, message):
 def test_nan_weights_and_empty_layers_are_refused():
     model = llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
-    with pytest.raises(BadInput, match=r"layers.1.mlp.up_proj .* 1 values"):
+    with pytest.raises(BadInput, match=r"layers.1.mlp.up_proj.weight .* 1 values"):
         quantize_model(model, "llm-fp4", [TOKENS], progress=False)
     with pytest.raises(BadInput, match=r"\[4, 0\]"), pytest.warns(UserWarning):
         quantize_model(nn.Sequential(nn.Linear(0, 4)), "mxfp4", progress=False)

@@ -26,12 +26,12 @@ class Prepared:
     def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
         packed = to_layout(packed, "tiled")
         self.n, self.k = packed.shape
-        # Scales may lie unaligned in a memory-mapped file; these copies are kept as long as the C++ object.
-        tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.clone().contiguous()}
+        # The C++ object holds addresses: what it reads is kept here, in place where it can be.
+        tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.contiguous()}
         if bias is not None:
-            tensors["bias"] = bias.detach().float().clone().contiguous()
+            tensors["bias"] = bias.detach().float().contiguous()
         if packed.shift is not None:
-            tensors["shift"] = packed.shift.clone().contiguous()
+            tensors["shift"] = packed.shift.contiguous()
         if packed.group_scale is not None:
             tensors["group_scale"] = shuffle_scales(packed.group_scale, self.n, self.k)
         self.tensors = tensors

@@ -20,9 +20,8 @@ class Prepared:
 
 
 def refusal(problem: Problem) -> str | None:
-    return (
-        None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, expected a floating-point dtype"
-    )
+    known = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return None if problem.dtype in known else f"activations are {problem.dtype}, expected one of {known}"
 
 
 KERNELS = (Kernel("reference", "row", refusal, Prepared),)

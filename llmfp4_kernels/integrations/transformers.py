@@ -20,9 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..embedding import FP4Embedding
-from ..errors import BadFile, BadInput
-from ..formats import Recipe
-from ..formats import recipe as recipe_named
+from ..errors import BadFile, BadInput, LLMFP4Error
+from ..formats import E2M1, SCALES, Recipe
 from ..nn import FP4Linear, FP4Module
 from ..packed import FORMAT, VERSION, open_safetensors, write_safetensors
 
@@ -31,7 +30,9 @@ WEIGHTS = "model.safetensors"
 
 @register_quantization_config(FORMAT)
 class LLMFP4Config(QuantizationConfigMixin):
-    """layers: {module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "shares": other name}}"""
+    """layers: {module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "activation", "shift",
+    "scale", "group_size", "shares": other name}}; it says which tensors a layer has, not only which recipe made them.
+    """
 
     def __init__(self, layers: dict | None = None, version: int = VERSION, **kwargs):
         self.quant_method = FORMAT
@@ -39,8 +40,10 @@ class LLMFP4Config(QuantizationConfigMixin):
 
 
 def _empty_layer(entry: dict, dtype: torch.dtype) -> FP4Module:
-    recipe: Recipe = recipe_named(entry["recipe"])
-    n, k = entry["n"], entry["k"]
+    n, k, activation = entry["n"], entry["k"], (E2M1,) if entry["activation"] else ()
+    scale = SCALES[entry["scale"]] if entry["scale"] else None
+    recipe = Recipe(entry["recipe"], (E2M1,), activation, preshift=entry["shift"], group_size=entry["group_size"],
+                    group_scale=scale)  # fmt: skip
     if entry["kind"] == "embedding":
         return FP4Embedding(n, k, device="meta", dtype=dtype, recipe=recipe)
     return FP4Linear(k, n, entry["bias"], device="meta", dtype=dtype, recipe=recipe)
@@ -96,11 +99,11 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True, **source)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **source)
-        model = _model_class(config).from_pretrained(
-            where, dtype=dtype, local_files_only=True, use_safetensors=True, **source
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise BadFile(f"{path} cannot be read as a model: {error}") from error
+        model = _read(config, where, dtype=dtype, **source)
+    except LLMFP4Error:
+        raise
+    except Exception as error:  # a damaged file raises whatever three libraries raise
+        raise BadFile(f"{path} cannot be read as a model: {type(error).__name__}: {error}") from error
     if source:
         # The weights are plain floats now; the mark of the file format would forbid saving them.
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -117,6 +120,16 @@ def _model_class(config):
     return getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
 
 
+def _read(config, path, **options):
+    """from_pretrained on local files. Raises BadFile if a tensor of the model is missing: it would be random."""
+    options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    model, loaded = _model_class(config).from_pretrained(path, **options)
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise BadFile(f"{path} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}")
+    return model
+
+
 def _layer_entries(model: nn.Module) -> dict[str, dict]:
     entries, owner = {}, {}
     modules = {name: m for name, m in model.named_modules() if isinstance(m, FP4Module)}
@@ -124,6 +137,8 @@ def _layer_entries(model: nn.Module) -> dict[str, dict]:
     for name, module in sorted(modules.items(), key=lambda item: isinstance(item[1], FP4Embedding)):
         kind = "embedding" if isinstance(module, FP4Embedding) else "linear"
         entry = {"kind": kind, "recipe": module.recipe, "n": module.out_features, "k": module.in_features}
+        entry |= {"activation": module.x_scale is not None, "shift": module.shift is not None}
+        entry |= {"scale": module.scale.name if module.scale else None, "group_size": module.group_size}
         if kind == "linear":
             entry["bias"] = module.bias is not None
         if id(module.codes) in owner:
@@ -203,6 +218,8 @@ def _check_folder(path: Path) -> dict:
         quantization = config.get("quantization_config") or {}
     except (json.JSONDecodeError, AttributeError) as error:
         raise BadFile(f"{config_file} is not JSON of a model: {error}") from error
+    if not isinstance(quantization.get("layers", {} if quantization.get("quant_method") != FORMAT else None), dict):
+        raise BadFile(f"{config_file} names no layers of format {FORMAT!r}")
     if quantization.get("quant_method") != FORMAT or quantization.get("version") != VERSION:
         found = f"method {quantization.get('quant_method')!r} version {quantization.get('version')!r}"
         raise BadFile(f"{path} holds {found}, expected method {FORMAT!r} version {VERSION}")
@@ -230,11 +247,7 @@ def load_quantized(path: str | Path):
     path = Path(path)
     _check_folder(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return (
-        _model_class(config)
-        .from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=config.dtype)
-        .eval()
-    )
+    return _read(config, path, dtype=config.dtype).eval()
 
 
 def load_tokenizer(path: str | Path):

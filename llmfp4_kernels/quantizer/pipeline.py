@@ -19,7 +19,7 @@ from ..embedding import FP4Embedding
 from ..errors import BadInput
 from ..formats import Recipe
 from ..formats import recipe as recipe_named
-from ..nn import FP4Linear
+from ..nn import FP4Linear, FP4Module
 from ..packed import PackedFP4
 from .calibrate import LayerInputs, collect
 from .plan import Plan, make_plan, weight_of
@@ -33,8 +33,12 @@ def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None
 
     Raises BadInput for NaN/Inf, empty, mismatched or missing input.
     """
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    inputs = calibration if isinstance(calibration, LayerInputs | None) else LayerInputs(x=calibration)
+    recipe = recipe_named(recipe)
+    if not isinstance(calibration, LayerInputs | torch.Tensor | None):
+        raise BadInput(f"calibration is a {type(calibration).__name__}, expected a tensor [tokens, k]")
+    inputs = LayerInputs(x=calibration) if isinstance(calibration, torch.Tensor) else calibration
+    if weight.is_meta:
+        raise BadInput(f"the weight of shape {list(weight.shape)} is on the meta device and has no values")
     if recipe.needs_calibration:
         if inputs is None or inputs.x is None:
             raise BadInput(f"recipe {recipe.name!r} needs calibration activations [tokens, k], got none")
@@ -77,13 +81,17 @@ class Report:
 def _check(model: nn.Module, plan: Plan, calibration) -> None:
     if not plan.recipes:
         raise BadInput(f"no layer of {type(model).__name__} is to be quantized: {len(plan.skipped)} were left out")
-    for name in plan.recipes:
-        reference.require_finite(f"weight of {name}", model.get_submodule(name).weight)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            reference.require_finite(name, parameter)
     searching = [r.name for name, r in plan.recipes.items() if r.needs_calibration]
     if searching and not calibration:
         raise BadInput(f"recipe {searching[0]!r} needs calibration for {len(searching)} layers, got none")
-    if calibration is not None and any(torch.is_tensor(b) and b.numel() == 0 for b in calibration):
-        raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
+    for batch in calibration or ():
+        if not isinstance(batch, torch.Tensor | Mapping):
+            raise BadInput(f"calibration holds a {type(batch).__name__}, expected tensors or keyword arguments")
+        if isinstance(batch, torch.Tensor) and batch.numel() == 0:
+            raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
 
 
 def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | None) -> float:
@@ -127,9 +135,18 @@ def _quantize_one(name: str, layer: nn.Module, recipe: Recipe, inputs: LayerInpu
 def _replace(model: nn.Module, name: str, packed: PackedFP4) -> None:
     layer = model.get_submodule(name)
     if isinstance(layer, nn.Embedding):
-        model.set_submodule(name, FP4Embedding.from_packed(packed, layer.weight.dtype, layer.padding_idx))
+        quantized = FP4Embedding.from_packed(packed, layer.weight.dtype, layer.padding_idx)
     else:
-        model.set_submodule(name, FP4Linear.from_packed(packed, layer.bias))
+        quantized = FP4Linear.from_packed(packed, layer.bias)
+    for alias in [alias for alias, m in model.named_modules(remove_duplicate=False) if m is layer]:
+        model.set_submodule(alias, quantized)
+
+
+def coverage(model: nn.Module) -> float:
+    """Share of the model's parameters that are 4-bit codes; shared ones count once."""
+    packed = {id(m.codes): m.in_features * m.out_features for m in model.modules() if isinstance(m, FP4Module)}
+    dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    return sum(packed.values()) / max(sum(packed.values()) + dense, 1)
 
 
 def quantize_model(
@@ -155,9 +172,8 @@ def quantize_model(
     Nothing is replaced before every layer is done. Raises BadInput before any work for NaN/Inf weights, an unknown
     recipe, missing or empty calibration, or if no layer is left to quantize.
     """
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe_named(recipe)
     calibration = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
-    total = sum(p.numel() for p in model.parameters())
     plan = make_plan(model, recipe, include, exclude, overrides or {})
     _check(model, plan, calibration)
     work = WorkDir(work_dir, _settings(calibration, sample_tokens))
@@ -167,8 +183,7 @@ def quantize_model(
     for name, owner in plan.shared.items():
         if owner in done:
             _share(model, name, owner)
-    quantized = sum(packed.shape[0] * packed.shape[1] for packed in done.values())
-    report.coverage = quantized / max(total, 1)
+    report.coverage = coverage(model)
     return report
 
 

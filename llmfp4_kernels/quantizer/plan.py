@@ -16,9 +16,14 @@ from ..nn import FP4Linear
 EMBEDDING_RECIPE = "llm-fp4-a16"
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, by name: the package does not import transformers for it."""
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def weight_of(layer: nn.Module) -> torch.Tensor:
     """The weight [n, k] of an nn.Linear, nn.Embedding or transformers Conv1D (which keeps it as [k, n])."""
-    if type(layer).__name__ == "Conv1D":
+    if _is_conv1d(layer):
         return layer.weight.detach().T
     if not isinstance(layer, nn.Linear | nn.Embedding) or isinstance(layer, FP4Linear):
         raise BadInput(f"{type(layer).__name__} is no dense linear layer: expected nn.Linear or Conv1D")
@@ -39,7 +44,7 @@ def _matches(name: str, globs) -> str | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def _reason_to_skip(name: str, module: nn.Module, include, exclude) -> str | None:
@@ -47,6 +52,8 @@ def _reason_to_skip(name: str, module: nn.Module, include, exclude) -> str | Non
     excluded = _matches(name, exclude)
     if isinstance(module, FP4Linear):
         return "is FP4 already"
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, which may compute something else than nn.Linear"
     if excluded:
         return f"excluded by {excluded!r}"
     if not _matches(name, [glob for glob in include if glob != "*"] if is_table else include):
@@ -76,6 +83,8 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     Embeddings are quantized only where an include glob other than "*" names them. Raises BadInput for a weight without
     elements and an unknown recipe.
     """
+    if _is_linear(model):
+        raise BadInput(f"the model itself is a {type(model).__name__}: use FP4Linear.from_linear")
     plan, owner = Plan({}, {}, []), {}
     modules = dict(model.named_modules())
     linears = {name: m for name, m in modules.items() if _is_linear(m)}
@@ -90,7 +99,7 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
         else:
             owner[pointer] = name
             glob = _matches(name, overrides)
-            default = EMBEDDING_RECIPE if name in tables else recipe.name
+            default = EMBEDDING_RECIPE if name in tables else recipe
             plan.recipes[name] = recipe_named(overrides[glob] if glob else default)
     plan.skipped += _other_modules(modules)
     return plan
