@@ -23,7 +23,11 @@ def demo_table(report: dict) -> list[str]:
     sizes = report["bytes"] | report["bytes_by_recipe"]
     lines = [
         f"`make demo`: {report['model']}, {report['tokens']} held-out tokens of {report['text']} "
-        f"(`results/demo.json`, {where(report)}, {report['seconds']:.0f} s in all).",
+        f"(`results/demo.json`, {where(report)}, {report['seconds']:.0f} s in all). "
+        f"{report['quantization']['llm-fp4']['coverage']:.0%} of the parameters are in FP4; embedding, head and norms "
+        "stay in bf16.",
+        "",
+        "![quality against size, and speed](benchmarks/results/demo.png)",
         "",
         "| | perplexity | MB of weights | decode tokens/s | prefill tokens/s |",
         "|---|---|---|---|---|",
