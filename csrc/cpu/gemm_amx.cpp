@@ -171,11 +171,8 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const size_t kt = kt0 + c, group = grouped ? kt * tile_k / w.group_size : 0;
-            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt) * tile_bytes);
-            F32 scale = f32_zero();
-            if (grouped && int(group) < w.groups)
-                scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
+            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
+            const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             uint8_t* row = panel + t * panel_stride + c * 4 * step_bytes;
             decode_pair<0, 2>(codes, table, grouped, scale, row);
             decode_pair<4, 6>(codes, table, grouped, scale, row + step_bytes);

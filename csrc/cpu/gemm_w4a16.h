@@ -104,17 +104,22 @@ inline void decode_float_column(Tile codes, const FloatTable& table, bool groupe
     store(out + k_of_nibble(nibble) * k_stride, grouped ? mul(column, scale) : column);
 }
 
+// Group scales of the 16 outputs of a tile; zeros without groups and where only padding is left.
+inline F32 scales_of_tile(const Weights& w, size_t tile, size_t kt) {
+    if (w.scale_kind == ScaleKind::none) return f32_zero();
+    const size_t group = kt * tile_k / w.group_size;
+    if (int(group) >= w.groups) return f32_zero();
+    return load_scales(w.scale_kind, w.group_scale + (tile * w.groups + group) * tile_n);
+}
+
 // [k][tiles][16] floats, group scales multiplied in: at most 2 + 4 significant bits, exact.
 inline void decode_float_panel(const Weights& w, const FloatTable& table, int tile, int tiles, size_t kt0, int count,
                                float* panel, size_t k_stride) {
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const size_t kt = kt0 + c, group = grouped ? kt * tile_k / w.group_size : 0;
-            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt) * tile_bytes);
-            F32 scale = f32_zero();
-            if (grouped && int(group) < w.groups)
-                scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
+            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
+            const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             float* out = panel + c * tile_k * k_stride + t * tile_n;
             decode_float_column<0>(codes, table, grouped, scale, out, k_stride);
             decode_float_column<1>(codes, table, grouped, scale, out, k_stride);
