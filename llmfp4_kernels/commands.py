@@ -81,8 +81,6 @@ def quantize(args) -> dict:
     model, tokenizer = transformers.load_dense(args.model)
     calibration = None
     if args.calibration:
-        if tokenizer is None:
-            raise BadFile(f"{args.model} holds no tokenizer, which --calibration needs")
         calibration = windows(load_ids(tokenizer, args.calibration, args.tokens), WINDOW, batch=4)
     include, exclude = list(args.include or ["*"]), list(args.exclude or []) + ([] if args.lm_head else ["lm_head"])
     if args.embeddings:

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import registry
 from .errors import BadInput
+from .layout import to_layout
 from .packed import PackedFP4
 from .problem import Kernel, Prepared, Problem
 from .reference import dequantize
@@ -162,8 +163,6 @@ def linear_dx(
     spec: str,
 ) -> torch.Tensor:
     """dX [..., k] = dY [..., n] times the dequantized weight; the rounding of activations passes straight through."""
-    from .layout import to_layout
-
     packed = to_layout(packed_of(codes, row_scale, group_scale, x_scale, shift, spec), "row")
     return grad @ dequantize(packed, grad.dtype)
 

@@ -72,11 +72,6 @@ inline void multiply_panel(const char* a, size_t lda, size_t part_stride, int pa
              });
 }
 
-// Rows padded to whole tiles, zero beyond m; `parts` copies one after the other.
-inline char* padded_rows(size_t rows, size_t ld, size_t parts, size_t extra) {
-    return static_cast<char*>(workspace(slot_rows, (parts * rows + 16) * ld + extra));
-}
-
 template <class F>
 inline void for_blocks(const Weights& w, const Call& call, F&& task) {
     const int tiles = int(w.at.tiles_n());
@@ -146,7 +141,7 @@ inline PartRows split_rows(const Weights& w, const float* x_factor, const Call& 
     with_dtype(call.dtype, [&](auto type) { x.parts = parts_of<decltype(type)>; });
     x.ld = spread_stride(padded_k * 2);
     x.part_stride = rows * x.ld;
-    x.at = padded_rows(rows, x.ld, x.parts, 0);
+    x.at = static_cast<char*>(workspace(slot_rows, (x.parts * rows + 16) * x.ld));  // whole tiles may be read
     with_dtype(call.dtype, [&](auto type) {
         const auto* source = static_cast<const decltype(type)*>(call.x);
         parallel_ranges(call.threads, call.m, [&](long begin, long end) {

@@ -218,11 +218,11 @@ def _check_folder(path: Path) -> dict:
         quantization = config.get("quantization_config") or {}
     except (json.JSONDecodeError, AttributeError) as error:
         raise BadFile(f"{config_file} is not JSON of a model: {error}") from error
-    if not isinstance(quantization.get("layers", {} if quantization.get("quant_method") != FORMAT else None), dict):
-        raise BadFile(f"{config_file} names no layers of format {FORMAT!r}")
     if quantization.get("quant_method") != FORMAT or quantization.get("version") != VERSION:
         found = f"method {quantization.get('quant_method')!r} version {quantization.get('version')!r}"
         raise BadFile(f"{path} holds {found}, expected method {FORMAT!r} version {VERSION}")
+    if not isinstance(quantization.get("layers"), dict):
+        raise BadFile(f"{config_file} names no layers of format {FORMAT!r}")
     with open_safetensors(path / WEIGHTS) as file:
         present = set(file.keys())
         for name, entry in quantization["layers"].items():
