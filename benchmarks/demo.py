@@ -7,12 +7,9 @@ model and the calibration are the same, and measures everything again.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ import corpus
 import draw
 import machine
 import rivals
-import torch
+from quantized import packed_layers, quantized
 
 from llmfp4_kernels.errors import LLMFP4Error
 from llmfp4_kernels.evaluate import compare_rates, load_ids, perplexity, windows
@@ -34,7 +31,6 @@ PROMPTS = (
     "Write three sentences about a sailor who comes home.",
     "Why is the sky blue?",
 )
-CODE = ("quantizer/*.py", "integrations/*.py", "formats.py", "packed.py", "reference.py", "nn.py", "embedding.py")
 
 
 @dataclass(frozen=True)
@@ -52,59 +48,6 @@ class Sizes:
 
 
 QUICK = Sizes(calibration=256, evaluation=512, window=128, prompt=8, prefill=64, decode=4, repeats=1, generate=8)
-
-
-def fingerprint(dense, recipe: str, calibration: list[torch.Tensor]) -> str:
-    """Of all that a quantized model depends on: the package's code, the recipe, the weights and the tokens."""
-    import llmfp4_kernels
-
-    package, digest = Path(llmfp4_kernels.__path__[0]), hashlib.blake2b(recipe.encode(), digest_size=16)
-    for file in sorted(file for glob in CODE for file in package.glob(glob)):
-        digest.update(file.read_bytes())
-    for tensor in [*dense.parameters(), *calibration]:
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def quantized(dense, tokenizer, recipe: str, calibration: list[torch.Tensor], build: Path):
-    """(model, record): the model as loaded from build/<recipe>, made there unless one with this fingerprint exists.
-
-    What stays dense (embedding and norms) is saved in bfloat16.
-    """
-    from llmfp4_kernels.integrations.transformers import load_quantized, save_quantized
-    from llmfp4_kernels.quantizer.pipeline import quantize_model
-
-    folder, record_file, key = build / recipe, build / f"{recipe}.json", fingerprint(dense, recipe, calibration)
-    record = json.loads(record_file.read_text()) if record_file.is_file() and folder.is_dir() else {}
-    if record.get("fingerprint") == key:
-        print(f"{recipe}: reusing {folder}, quantized {record['date']}", flush=True)
-        return load_quantized(folder), record | {"reused": True}
-    print(f"{recipe}: quantizing on {sum(b.numel() for b in calibration)} tokens", flush=True)
-    record_file.unlink(missing_ok=True)
-    started, model = time.perf_counter(), copy.deepcopy(dense)
-    work = build / f"{recipe}-{key[:12]}.partial"  # resumes an interrupted run of the same code only
-    report = quantize_model(model, recipe, calibration, work_dir=work)
-    save_quantized(model.to(torch.bfloat16), folder, tokenizer=tokenizer, report=report)
-    for finished in build.glob(f"{recipe}-*.partial"):
-        shutil.rmtree(finished)
-    errors = sorted(row["relative_error"] for row in report.layers)
-    record = {
-        "fingerprint": key,
-        "date": machine.machine()["date"],
-        "seconds": time.perf_counter() - started,
-        "search_seconds": sum(row["seconds"] for row in report.layers),  # of all layers, also those an earlier run did
-        "layers": len(report.layers),
-        "coverage": report.coverage,
-        "median_relative_error": errors[len(errors) // 2],
-    }
-    record_file.write_text(json.dumps(record))
-    return load_quantized(folder), record | {"reused": False}
-
-
-def packed_layers(model) -> dict:
-    from llmfp4_kernels.nn import FP4Module
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Module)}
 
 
 def stated_bytes(model) -> int:

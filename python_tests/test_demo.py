@@ -13,7 +13,7 @@ from llmfp4_kernels.errors import BadFile, BadInput, NoKernel
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-corpus, demo, rivals = (importlib.import_module(name) for name in ("corpus", "demo", "rivals"))
+corpus, demo, quantized, rivals = map(importlib.import_module, ("corpus", "demo", "quantized", "rivals"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_demo_measures_and_reuses(dense, tmp_path, capsys):
     assert all(record["reused"] for record in again["quantization"].values()) and again["ppl"] == report["ppl"]
     assert "reusing" in capsys.readouterr().out
     batches = [torch.zeros(1, 8, dtype=torch.int64)]
-    assert demo.fingerprint(dense, "llm-fp4", batches) != demo.fingerprint(dense, "llm-fp4", [batches[0] + 1])
+    assert quantized.fingerprint(dense, "llm-fp4", batches) != quantized.fingerprint(dense, "llm-fp4", [batches[0] + 1])
 
 
 def test_int4_is_checked_against_its_dequantized_weights():
