@@ -1,0 +1,46 @@
+"""A result file that grows row by row: an interrupted benchmark goes on with the rows that are missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import machine
+
+from llmfp4_kernels.errors import BadFile
+from llmfp4_kernels.packed import write_beside
+
+
+class ResultFile:
+    """JSON of {section: {"about": …, "rows": {name: row}}}; a row carries its key, its commit and its date.
+
+    The key is a string of all that a row depends on: a row with another key counts as missing.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, {}
+        if path.is_file():
+            try:
+                self.content = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise BadFile(f"{path} ({path.stat().st_size} bytes) is not JSON: {error}") from error
+
+    def describe(self, section: str, about: dict) -> None:
+        """What a section measures. Rows measured on something else are dropped."""
+        if self.content.get(section, {}).get("about") != about:
+            self.content[section] = {"about": about, "rows": {}}
+
+    def rows(self, section: str) -> dict[str, dict]:
+        return self.content[section]["rows"]
+
+    def find(self, section: str, name: str, key: str) -> dict | None:
+        row = self.rows(section).get(name)
+        return row if row and row["key"] == key else None
+
+    def put(self, section: str, name: str, key: str, row: dict) -> None:
+        """Add or replace a row, and write the file beside and rename it."""
+        now, commit = machine.machine(), machine.commit()
+        self.rows(section)[name] = {"key": key, **row, "commit": commit, "date": now["date"]}
+        self.content |= {"machine": now, "commit": commit}
+        text = json.dumps(self.content, indent=1, ensure_ascii=False)
+        write_beside(self.path, lambda beside: beside.write_text(text))
