@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import tables
+from tables import where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = re.compile(r"(<!-- figures: begin -->\n).*?(<!-- figures: end -->)", re.DOTALL)
-
-
-def where(record: dict) -> str:
-    machine = record["machine"]
-    return f"{machine['cpu']} with {machine['cores']} cores, commit {record['commit'][:10]}"
 
 
 def demo_table(report: dict) -> list[str]:
@@ -56,23 +54,53 @@ def gemm_table(rows: list[dict], threads: int) -> list[str]:
     return lines
 
 
-def figures() -> str:
+def speed(results: Path) -> list[list[str]]:
     parts = []
-    demo, gemm = RESULTS / "demo.json", RESULTS / "gemm.jsonl"
+    demo, gemm = results / "demo.json", results / "gemm.jsonl"
     if demo.is_file():
         parts.append(demo_table(json.loads(demo.read_text())))
     if gemm.is_file():
         rows = [json.loads(line) for line in gemm.read_text().splitlines()]
         parts += [gemm_table(rows, threads) for threads in sorted({row["threads"] for row in rows})]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    return parts
+
+
+def of_file(name: str, draw: Callable[[dict], list[list[str]]]) -> Callable[[Path], list[list[str]]]:
+    """The tables of one result file; none while it is missing."""
+
+    def parts(results: Path) -> list[list[str]]:
+        file = results / name
+        return draw(json.loads(file.read_text())) if file.is_file() else []
+
+    return parts
+
+
+SECTIONS = {
+    "": speed,
+    "accuracy ": of_file("accuracy.json", tables.accuracy_tables),
+    "zero-shot ": of_file("zero_shot.json", lambda report: [tables.zero_shot_table(report)]),
+    "ablations ": of_file("ablations.json", lambda report: [tables.ablations_table(report)]),
+}
+"""What stands between <!-- figures: NAME begin --> and <!-- figures: NAME end -->."""
+
+
+def fill(text: str, results: Path) -> str:
+    """The text with every section's tables between its marks; sections without marks or without files stay."""
+    for name, draw in SECTIONS.items():
+        marks = re.compile(rf"(<!-- figures: {name}begin -->\n).*?(<!-- figures: {name}end -->)", re.DOTALL)
+        parts = draw(results)
+        if parts:
+            content = "\n\n".join("\n".join(part) for part in parts)
+            text = marks.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
+    return text
 
 
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    if not MARKS.search(text):
+    if "<!-- figures: begin -->" not in text:
         sys.exit(f"{readme} has no figures markers")
-    readme.write_text(MARKS.sub(lambda match: match[1] + "\n" + figures() + "\n" + match[2], text))
+    readme.write_text(fill(text, RESULTS))
     return 0
 
 

@@ -53,6 +53,10 @@ class Subject:
         return quantized(self.dense, self.tokenizer, recipe, self.calibration, dtype=self.dtype, **where)
 
 
+def models_folder(sizes: Sizes, build: Path) -> Path:
+    return build / ("quick" if sizes == QUICK else "accuracy")
+
+
 def language(sizes: Sizes, build: Path = BUILD) -> Subject:
     """The demo's language model; the demo's quantized models are used where they are the same."""
     demo = build / "demo"
@@ -60,7 +64,7 @@ def language(sizes: Sizes, build: Path = BUILD) -> Subject:
     texts = corpus.texts(demo)
     calibration = windows(load_ids(tokenizer, texts[0], sizes.calibration), sizes.window, batch=4)
     ids = load_ids(tokenizer, texts[1], sizes.evaluation)
-    folder = build / "accuracy" / "language"
+    folder = models_folder(sizes, build) / "language"
     return Subject(corpus.MODEL_NAME, corpus.TEXT_NAME, dense, tokenizer, calibration, ids, folder, (demo,),
                    torch.bfloat16)  # fmt: skip
 
@@ -80,4 +84,4 @@ def encoder(sizes: Sizes, build: Path = BUILD) -> Subject:
     calibration, sentences = corpus.sentences(build / "demo", sizes.calibration_sentences, sizes.sentences)
     batches = batches_of_equal_length(tokenizer, calibration, 16)
     return Subject(corpus.MINILM_NAME, corpus.SENTENCES_NAME, dense, tokenizer, batches, sentences,
-                   build / "accuracy" / "embedding")  # fmt: skip
+                   models_folder(sizes, build) / "embedding")  # fmt: skip

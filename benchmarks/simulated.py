@@ -1,0 +1,59 @@
+"""The stored codes against a simulation: values on the grids as floats, products as the papers' simulators do them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from llmfp4_kernels import reference
+from llmfp4_kernels.nn import FP4Linear
+
+UNIT = 2.0**-24
+"""Half a unit in the last place of fp32, relative."""
+
+
+class Simulated(nn.Module):
+    """A dense layer of the dequantized weight whose input is rounded in floating point; sums are float64.
+
+    Beside its own output it asks the packed layer for the same input and keeps the largest difference found, in
+    units of 2^-24 of sum |x| |w| + |bias|. An exact integer sum with its roundings to fp32 stays below 4 units.
+    """
+
+    def __init__(self, layer: FP4Linear):
+        super().__init__()
+        self.layer, self.packed, self.worst = layer, layer.packed(), 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = rounded_input(x.flatten(0, -2), self.packed)
+        weight = reference.dequantize(self.packed, torch.float64)
+        bias = torch.zeros(len(weight)) if self.layer.bias is None else self.layer.bias.detach()
+        y = torch.addmm(bias.double(), rounded, weight.T)
+        size = torch.addmm(bias.abs().float(), rounded.abs().float(), weight.abs().float().T)
+        difference = (self.layer(x).flatten(0, -2).double() - y).abs_()
+        self.worst = max(self.worst, difference.div_(size.clamp_min_(1e-30)).max().item() / UNIT)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def rounded_input(x: torch.Tensor, packed) -> torch.Tensor:
+    """float64: x [m, k] on the grid of the layer's activations; x itself where they stay in 16 or 32 bits."""
+    if packed.activation is None:
+        return x.double()
+    return reference.dequantize_activation(reference.quantize_activation(x, packed), packed, torch.float64)
+
+
+def simulate(model: nn.Module) -> nn.Module:
+    """A copy of a quantized float32 model with a Simulated layer in place of each FP4Linear."""
+    model = copy.deepcopy(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, Simulated(layer))
+    return model
+
+
+def worst_layer(model: nn.Module) -> tuple[str, float]:
+    """(name, units) of the simulated layer that was farthest from its packed one."""
+    found = {name: module.worst for name, module in model.named_modules() if isinstance(module, Simulated)}
+    name = max(found, key=found.get)
+    return name, found[name]
