@@ -23,6 +23,7 @@ from ..nn import FP4Linear, FP4Module
 from ..packed import PackedFP4
 from .calibrate import LayerInputs, collect
 from .plan import Plan, make_plan, weight_of
+from .replace import replace_module
 from .scales import quantize_weight, scale_of_largest
 from .search import search_linear
 from .work_dir import WorkDir
@@ -138,8 +139,7 @@ def _replace(model: nn.Module, name: str, packed: PackedFP4) -> None:
         quantized = FP4Embedding.from_packed(packed, layer.weight.dtype, layer.padding_idx)
     else:
         quantized = FP4Linear.from_packed(packed, layer.bias)
-    for alias in [alias for alias, m in model.named_modules(remove_duplicate=False) if m is layer]:
-        model.set_submodule(alias, quantized)
+    replace_module(model, name, quantized)
 
 
 def coverage(model: nn.Module) -> float:
@@ -190,7 +190,7 @@ def quantize_model(
 def _share(model: nn.Module, name: str, owner: str) -> None:
     table = model.get_submodule(name)
     shared = FP4Embedding.sharing(model.get_submodule(owner), table.weight.dtype, table.padding_idx)
-    model.set_submodule(name, shared)
+    replace_module(model, name, shared)
 
 
 def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress) -> tuple[dict, Report]:

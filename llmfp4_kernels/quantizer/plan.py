@@ -52,8 +52,11 @@ def _reason_to_skip(name: str, module: nn.Module, include, exclude) -> str | Non
     excluded = _matches(name, exclude)
     if isinstance(module, FP4Linear):
         return "is FP4 already"
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-        return f"a {type(module).__name__}, which may compute something else than nn.Linear"
+    for kind in (nn.Linear, nn.Embedding):
+        if isinstance(module, kind) and type(module) is not kind:
+            return f"a {type(module).__name__}, which may compute something else than nn.{kind.__name__}"
+    if is_table and module.max_norm is not None:
+        return f"an embedding that renormalises its rows to {module.max_norm}"
     if excluded:
         return f"excluded by {excluded!r}"
     if not _matches(name, [glob for glob in include if glob != "*"] if is_table else include):
