@@ -15,38 +15,30 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..embedding import FP4Embedding
 from ..errors import BadFile, BadInput, LLMFP4Error
-from ..formats import E2M1, SCALES, Recipe
-from ..nn import FP4Linear, FP4Module
+from ..nn import FP4Module
 from ..packed import FORMAT, VERSION, open_safetensors, write_safetensors
+from .attention import AttentionOperands, attention_operands, use_attention
+from .layers import empty_layer, fill_tree, layer_entries, share_codes, tensors_to_save
 
 WEIGHTS = "model.safetensors"
 
 
 @register_quantization_config(FORMAT)
 class LLMFP4Config(QuantizationConfigMixin):
-    """layers: {module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "activation", "shift",
-    "scale", "group_size", "shares": other name}}; it says which tensors a layer has, not only which recipe made them.
-    """
+    """layers: those of layers.layer_entries; attention: {module name: AttentionOperands.to_dict()}."""
 
-    def __init__(self, layers: dict | None = None, version: int = VERSION, **kwargs):
+    def __init__(self, layers: dict | None = None, version: int = VERSION, attention: dict | None = None, **kwargs):
         self.quant_method = FORMAT
-        self.layers, self.version = layers or {}, version
+        self.layers, self.version, self.attention = layers or {}, version, attention or {}
 
 
-def _empty_layer(entry: dict, dtype: torch.dtype) -> FP4Module:
-    n, k, activation = entry["n"], entry["k"], (E2M1,) if entry["activation"] else ()
-    scale = SCALES[entry["scale"]] if entry["scale"] else None
-    recipe = Recipe(entry["recipe"], (E2M1,), activation, preshift=entry["shift"], group_size=entry["group_size"],
-                    group_scale=scale)  # fmt: skip
-    if entry["kind"] == "embedding":
-        return FP4Embedding(n, k, device="meta", dtype=dtype, recipe=recipe)
-    return FP4Linear(k, n, entry["bias"], device="meta", dtype=dtype, recipe=recipe)
+def _operands(attention: dict[str, dict]) -> dict[str, AttentionOperands]:
+    return {name: AttentionOperands.from_dict(entry) for name, entry in attention.items()}
 
 
 @register_quantizer(FORMAT)
@@ -65,18 +57,18 @@ class LLMFP4Quantizer(HfQuantizer):
         self.dtype = dtype or torch.get_default_dtype()
         for name, entry in self.quantization_config.layers.items():
             # A module without tensors stands in for a table that will share a head's: the file has none of its own.
-            layer = nn.Module() if "shares" in entry else _empty_layer(entry, self.dtype)
+            layer = nn.Module() if "shares" in entry else empty_layer(entry, self.dtype)
             layer._is_hf_initialized = True
             model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for name, entry in self.quantization_config.layers.items():
+        for name in self.quantization_config.layers:
             bias = getattr(model.get_submodule(name), "bias", None)
             if bias is not None:
                 bias.requires_grad_(False)  # the loader made it trainable; frozen, it is added inside the kernel
-            if "shares" in entry:
-                head = model.get_submodule(entry["shares"])
-                model.set_submodule(name, FP4Embedding.sharing(head, self.dtype, model.config.pad_token_id))
+        share_codes(model, self.quantization_config.layers, self.dtype)
+        if self.quantization_config.attention:
+            use_attention(model, _operands(self.quantization_config.attention))
 
     def is_serializable(self, *args, **kwargs):
         return False  # save_quantized writes these models
@@ -130,61 +122,38 @@ def _read(config, path, **options):
     return model
 
 
-def _layer_entries(model: nn.Module) -> dict[str, dict]:
-    entries, owner = {}, {}
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, FP4Module)}
-    # Heads first: an embedding shares the head's codes, not the other way round.
-    for name, module in sorted(modules.items(), key=lambda item: isinstance(item[1], FP4Embedding)):
-        kind = "embedding" if isinstance(module, FP4Embedding) else "linear"
-        entry = {"kind": kind, "recipe": module.recipe, "n": module.out_features, "k": module.in_features}
-        entry |= {"activation": module.x_scale is not None, "shift": module.shift is not None}
-        entry |= {"scale": module.scale.name if module.scale else None, "group_size": module.group_size}
-        if kind == "linear":
-            entry["bias"] = module.bias is not None
-        if id(module.codes) in owner:
-            entry["shares"] = owner[id(module.codes)]
-        owner.setdefault(id(module.codes), name)
-        entries[name] = entry
-    return entries
-
-
-def _tensors_to_save(model: nn.Module, entries: dict[str, dict]) -> dict[str, torch.Tensor]:
-    """The state dict without second names of shared tensors."""
-    shared = tuple(f"{name}." for name, entry in entries.items() if "shares" in entry)
-    saved, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if not (shared and name.startswith(shared)) and not (tensor.numel() and key in seen):
-            saved[name] = tensor
-            seen.add(key)
-    return saved
+def _config(model: nn.Module, entries: dict[str, dict], attention: dict[str, dict]) -> dict:
+    """config.json of a model; of a tree that is none of transformers' it names the class and its FP4 layers only."""
+    config = {"architectures": [type(model).__name__]}
+    if isinstance(model, PreTrainedModel):
+        config = model.config.to_dict() | config
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, FP4Module) for end in ends):
+            config["tie_word_embeddings"] = False  # packed layers share by name, see `layers`
+    return config | {"quantization_config": LLMFP4Config(entries, attention=attention).to_dict()}
 
 
 def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report=None) -> None:
-    """Write a quantized transformers model: config.json, model.safetensors, tokenizer files, quantization_report.json.
+    """Write a quantized model: config.json, model.safetensors, tokenizer files, quantization_report.json.
 
     The folder is written beside `out_dir` and renamed, so an interrupted save leaves the old folder or none.
-    Raises BadInput for a model without FP4 layers.
+    Raises BadInput for a model without FP4 layers and FP4 attention.
     """
-    entries = _layer_entries(model)
-    if not entries:
+    entries = layer_entries(model)
+    attention = {name: operands.to_dict() for name, operands in attention_operands(model).items()}
+    if not entries and not attention:
         raise BadInput(f"{type(model).__name__} has no FP4 layer: quantize_model comes first")
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        config["quantization_config"] = LLMFP4Config(entries).to_dict()
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(isinstance(end, FP4Module) for end in ends):
-            config["tie_word_embeddings"] = False  # packed layers share by name, see `layers`
-        (beside / "config.json").write_text(json.dumps(config, indent=1))
+        (beside / "config.json").write_text(json.dumps(_config(model, entries, attention), indent=1))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(beside)
         metadata = {"format": "pt", FORMAT: json.dumps({"version": VERSION})}
-        write_safetensors(beside / WEIGHTS, _tensors_to_save(model, entries), metadata)
+        write_safetensors(beside / WEIGHTS, tensors_to_save(model, entries), metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if report is not None:
@@ -226,7 +195,7 @@ def _check_folder(path: Path) -> dict:
     with open_safetensors(path / WEIGHTS) as file:
         present = set(file.keys())
         for name, entry in quantization["layers"].items():
-            for tensor, expected in _empty_layer(entry, torch.float32).state_dict().items():
+            for tensor, expected in empty_layer(entry, torch.float32).state_dict().items():
                 key = f"{name}.{tensor}"
                 if "shares" in entry:
                     continue
@@ -239,13 +208,20 @@ def _check_folder(path: Path) -> dict:
     return config
 
 
-def load_quantized(path: str | Path):
+def load_quantized(path: str | Path, model: nn.Module | None = None):
     """The model that save_quantized wrote, in eval mode. Full-precision weights of quantized layers never exist.
 
+    A model that is none of transformers' is built by you: give its dense tree as `model`, which is filled in place.
     Raises BadFile for a missing, truncated or foreign folder, before anything is built.
     """
     path = Path(path)
-    _check_folder(path)
+    config = _check_folder(path)
+    if model is not None:
+        return fill_tree(model, path / WEIGHTS, config["quantization_config"]["layers"]).eval()
+    if "model_type" not in config:
+        raise BadFile(
+            f"{path} holds a {config.get('architectures')}, no transformers model: give its dense tree as `model`"
+        )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     return _read(config, path, dtype=config.dtype).eval()
 
