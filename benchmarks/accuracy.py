@@ -18,7 +18,7 @@ import tables
 import torch
 from quantized import bits_per_weight, packed_layers
 from result_file import ResultFile
-from simulated import simulate, worst_layer
+from simulated import Judged, Simulated, replaced, worst_layer
 from tables import FULL, METHODS
 
 from llmfp4_kernels.errors import LLMFP4Error
@@ -50,11 +50,13 @@ class Language:
     def measure(self, model) -> dict:
         return {"perplexity": perplexity(model, self.subject.evaluation, self.window)}
 
-    def check(self, model, simulation) -> dict:
-        """Perplexity of both on the first tokens, float32."""
+    def check(self, packed, simulated, judged) -> dict:
+        """Perplexities on the first tokens, float32, and relative differences."""
         ids = self.subject.evaluation[:CHECKED_TOKENS]
-        packed, simulated = (perplexity(m, ids, self.window) for m in (model, simulation))
-        return {"packed": packed, "simulated": simulated, "relative_difference": packed / simulated - 1}
+        ppl = {name: perplexity(model, ids, self.window) for name, model in
+               (("packed", packed), ("simulated", simulated), ("reference", judged))}  # fmt: skip
+        off = {f"off_{name}": abs(ppl["packed"] / ppl[name] - 1) for name in ("simulated", "reference")}
+        return {"perplexity": ppl} | off
 
 
 class Embedding:
@@ -76,10 +78,12 @@ class Embedding:
             self._full = self.embed(self.subject.dense, self.subject.evaluation)
         return embedding_agreement(self._full, self.embed(model, self.subject.evaluation))
 
-    def check(self, model, simulation) -> dict:
-        """Agreement of both on the first sentences, float32."""
+    def check(self, packed, simulated, judged) -> dict:
+        """Largest distances of the first sentences' embeddings, which have length 1, float32."""
         sentences = self.subject.evaluation[:CHECKED_SENTENCES]
-        return embedding_agreement(self.embed(simulation, sentences), self.embed(model, sentences))
+        found, *others = (self.embed(model, sentences) for model in (packed, simulated, judged))
+        off = [(found - other).norm(dim=1).max().item() for other in others]
+        return {"off_simulated": off[0], "off_reference": off[1]}
 
 
 SUBJECTS = {task.section: task for task in (Language, Embedding)}
@@ -91,8 +95,8 @@ def measure_recipe(task, recipe: str) -> dict:
     started = time.perf_counter()
     row = {"width": width(recipe), "bits_per_weight": bits_per_weight(model), "quality": task.measure(model)}
     model = torch.nn.Module.float(model)  # transformers' own float() refuses any quantized model; codes are bytes
-    simulation = simulate(model)
-    row["check"] = task.check(model, simulation)
+    simulation = replaced(model, Simulated)
+    row["check"] = task.check(model, simulation, replaced(model, Judged))
     row["check"]["worst_layer"], row["check"]["worst_units"] = worst_layer(simulation)
     row["kernels"] = sorted({layer.kernel(512, torch.float32) for layer in packed_layers(model).values()})
     return row | {"quantization": record, "seconds": round(time.perf_counter() - started, 1)}

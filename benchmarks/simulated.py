@@ -43,12 +43,27 @@ def rounded_input(x: torch.Tensor, packed) -> torch.Tensor:
     return reference.dequantize_activation(reference.quantize_activation(x, packed), packed, torch.float64)
 
 
-def simulate(model: nn.Module) -> nn.Module:
-    """A copy of a quantized float32 model with a Simulated layer in place of each FP4Linear."""
+class Judged(nn.Module):
+    """A layer as the package's reference computes it: like Simulated, but rounded in the order all kernels keep.
+
+    A model whose every layer rounds otherwise in the last place differs more than its layers do: now and then an input
+    next to the middle between two codes falls to the other one.
+    """
+
+    def __init__(self, layer: FP4Linear):
+        super().__init__()
+        self.packed, self.bias = layer.packed(), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reference.gemm(x.flatten(0, -2), self.packed, self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def replaced(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A copy of a quantized float32 model with kind(layer) in place of each FP4Linear."""
     model = copy.deepcopy(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
     for name, layer in layers.items():
-        model.set_submodule(name, Simulated(layer))
+        model.set_submodule(name, kind(layer))
     return model
 
 

@@ -60,9 +60,12 @@ def _accuracy_table(report: dict, section: str, what: str, cell: Callable[[dict]
             bits = " / ".join(dict.fromkeys(f"{row['bits_per_weight']:.2f}" for row in found if row))
             cells = ["–" if row is None else cell(row["quality"]) for row in found]
             lines.append(f"| {title} | {bits} | " + " | ".join(cells) + " |")
-    checks = [row["check"] for row in rows.values() if "check" in row]
+    checks = {name: row["check"] for name, row in rows.items() if "check" in row}
     if checks:
-        lines += ["", _checked(checks)]
+        lines += [
+            "",
+            _checked(checks, "embeddings (of length 1)" if section == "embedding" else "perplexities, relatively,"),
+        ]
     return lines
 
 
@@ -70,14 +73,21 @@ def _in_methods() -> set[str]:
     return {name for names in METHODS.values() for name in names}
 
 
-def _checked(checks: list[dict]) -> str:
-    """How far packed layers and models are from their simulation, at most."""
-    worst = max(check["worst_units"] for check in checks)
-    text = f"Beside a floating-point simulation the packed layers are off by at most {worst:.1f} · 2^-24 of Σ|x||w|"
-    if "relative_difference" in checks[0]:
-        difference = max(abs(check["relative_difference"]) for check in checks)
-        return f"{text}, perplexities by at most {difference:.1e} of their value."
-    return f"{text}, the cosine of their embeddings is at least {min(c['worst_cosine'] for c in checks):.7f}."
+def _checked(checks: dict[str, dict], what: str) -> str:
+    """How far packed layers and models are from floating point, at most, and where."""
+
+    def most(key: str, digits: str) -> tuple[str, str]:
+        name = max(checks, key=lambda name: checks[name][key])
+        return format(checks[name][key], digits), name
+
+    units, layers = most("worst_units", ".1f")
+    simulated, worst = most("off_simulated", ".1e")
+    reference, worst_reference = most("off_reference", ".1e")
+    return (
+        f"Beside a floating-point simulation packed layers are off by at most {units} · 2^-24 of Σ|x||w| ({layers}), "
+        f"{what} by at most {simulated} ({worst}); beside the reference, which rounds in the kernels' order, by at most "
+        f"{reference} ({worst_reference})."
+    )
 
 
 def zero_shot_table(report: dict) -> list[str]:
