@@ -1,19 +1,30 @@
 # make demo   set up, build, quantize and run a real language model, print the table (build/demo/report.json, report.png)
 # make test   set up, build, run all tests
 # make lint   ruff and clang-format
+# make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test lint format build clean accuracy ablations zero-shot
 demo: build
 	$(PY) benchmarks/demo.py
 
 # Idle OpenMP threads sleep: spinning ones make small products thousands of times slower beside a busy process.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
+
+accuracy ablations: build
+	OMP_WAIT_POLICY=passive $(PY) benchmarks/$@.py
+
+zero-shot: build $(VENV)/zero-shot
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) benchmarks/zero_shot.py
+
+$(VENV)/zero-shot: benchmarks/requirements-zero-shot.txt $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.txt -r $<
+	touch $@
 
 build: $(VENV)/built
 

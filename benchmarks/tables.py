@@ -85,8 +85,8 @@ def _checked(checks: dict[str, dict], what: str) -> str:
     reference, worst_reference = most("off_reference", ".1e")
     return (
         f"Beside a floating-point simulation packed layers are off by at most {units} · 2^-24 of Σ|x||w| ({layers}), "
-        f"{what} by at most {simulated} ({worst}); beside the reference, which rounds in the kernels' order, by at most "
-        f"{reference} ({worst_reference})."
+        f"{what} by at most {simulated} ({worst}); beside the reference, which rounds in the kernels' order, by at "
+        f"most {reference} ({worst_reference})."
     )
 
 
