@@ -56,14 +56,16 @@ def share_codes(model: nn.Module, entries: dict[str, dict], dtype: torch.dtype) 
             replace_module(model, name, FP4Embedding.sharing(owner, dtype, entry.get("padding_idx")))
 
 
-def tensors_to_save(model: nn.Module, entries: dict[str, dict]) -> dict[str, torch.Tensor]:
-    """The state dict without second names of shared tensors."""
-    shared = tuple(f"{name}." for name, entry in entries.items() if "shares" in entry)
+def tensors_to_save(model: nn.Module, entries: dict[str, dict], once: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict without second names of packed layers, and, with `once`, of any tensor; else those are copies."""
+    layers = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FP4Module)]
+    second = tuple(f"{name}." for name in layers if "shares" in entries.get(name, {"shares": None}))
     saved, seen = {}, set()
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if not (shared and name.startswith(shared)) and not (tensor.numel() and key in seen):
-            saved[name] = tensor
+        known = tensor.numel() and key in seen
+        if not name.startswith(second) and not (known and once):
+            saved[name] = tensor.clone() if known else tensor
             seen.add(key)
     return saved
 

@@ -149,11 +149,14 @@ def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        (beside / "config.json").write_text(json.dumps(_config(model, entries, attention), indent=1))
+        config = _config(model, entries, attention)
+        (beside / "config.json").write_text(json.dumps(config, indent=1))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(beside)
         metadata = {"format": "pt", FORMAT: json.dumps({"version": VERSION})}
-        write_safetensors(beside / WEIGHTS, tensors_to_save(model, entries), metadata)
+        # Where nothing is tied, transformers looks for every name.
+        tensors = tensors_to_save(model, entries, once=config.get("tie_word_embeddings", True))
+        write_safetensors(beside / WEIGHTS, tensors, metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if report is not None:

@@ -79,13 +79,18 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
+def _is_calibrated(model: nn.Module, name: str, recipe: Recipe) -> bool:
+    """Whether a layer needs activations: a table's output error is that of its rows."""
+    return recipe.needs_calibration and not isinstance(model.get_submodule(name), nn.Embedding)
+
+
 def _check(model: nn.Module, plan: Plan, calibration) -> None:
     if not plan.recipes:
         raise BadInput(f"no layer of {type(model).__name__} is to be quantized: {len(plan.skipped)} were left out")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             reference.require_finite(name, parameter)
-    searching = [r.name for name, r in plan.recipes.items() if r.needs_calibration]
+    searching = [r.name for name, r in plan.recipes.items() if _is_calibrated(model, name, r)]
     if searching and not calibration:
         raise BadInput(f"recipe {searching[0]!r} needs calibration for {len(searching)} layers, got none")
     for batch in calibration or ():
@@ -218,11 +223,7 @@ def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress)
 
 def _inputs(model, names: list[str], plan: Plan, calibration, sample_tokens):
     """(name, LayerInputs or None): None for layers that need no calibration."""
-    calibrated = [
-        name
-        for name in names
-        if plan.recipes[name].needs_calibration and not isinstance(model.get_submodule(name), nn.Embedding)
-    ]
+    calibrated = [name for name in names if _is_calibrated(model, name, plan.recipes[name])]
     yield from ((name, None) for name in names if name not in calibrated)
     if calibrated:
         yield from collect(model, calibrated, calibration, sample_tokens=sample_tokens)
