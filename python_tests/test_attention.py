@@ -231,7 +231,10 @@ def test_results_that_do_not_count_are_ignored():
     a, b = torch.randn(2, 9, 5, generator=generator), torch.randn(2, 5, 7, generator=generator)
     counts = torch.ones(2, 9, 7, dtype=torch.bool)
     counts[:, :, 4:] = False
-    whole, part = search_product([Part(a, b, counts)]), search_product([Part(a, b[:, :, :4])], largest_b=b.abs().max())
+    whole, part = (
+        search_product([Part(a, b, counts)]),
+        search_product([Part(a, b[:, :, :4])], largest_b=b.abs().max().item()),
+    )
     assert (whole.a, whole.b) == (part.a, part.b)
     assert whole.relative_error == pytest.approx(part.relative_error)
 

@@ -51,7 +51,7 @@ class _Recorder:
     def _keep(self, query, key, value, mask, probabilities) -> None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             require_finite(f"the {name} of {self.name}", x)
-            self.largest[name] = torch.maximum(x.abs().amax().float(), self.largest.get(name, torch.tensor(0.0)))
+            self.largest[name] = max(x.abs().amax().item(), self.largest.get(name, 0.0))
         some, rows = _evenly(len(query), self.sequences), _evenly(query.shape[2], self.queries)
         query, key, value, probabilities = (x[some].float() for x in (query, key, value, probabilities))
         key_heads = key.shape[1]

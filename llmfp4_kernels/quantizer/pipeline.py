@@ -126,7 +126,7 @@ def _quantize_one(name: str, layer: nn.Module, recipe: Recipe, inputs: LayerInpu
     weight = weight_of(layer).float()
     if recipe.needs_calibration and isinstance(layer, nn.Embedding):
         # The output of a table is its rows: with one-hot inputs the output error is the table's own.
-        inputs = LayerInputs(x=torch.eye(weight.shape[1]))
+        inputs = LayerInputs(x=torch.eye(weight.shape[1], device=weight.device))
     packed = quantize_linear(weight, recipe, inputs)
     x = inputs.x if inputs is not None else None
     row = {

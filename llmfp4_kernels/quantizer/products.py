@@ -89,12 +89,13 @@ def _error(parts: Sequence[Part], side: str, offsets, operand: Operand | None) -
 
 
 def search_scale(
-    largest: torch.Tensor, elements: Sequence[Element], error: Callable[[Operand], float]
+    largest: float, elements: Sequence[Element], error: Callable[[Operand], float]
 ) -> tuple[float, Operand]:
     """(error, operand) of least error on the additive grid, refined to steps of 1/32; the first of equals wins."""
 
     def at(element: Element, delta: float) -> tuple[float, float, Operand]:
-        operand = Operand(element, (scale_of_largest(largest.double(), element) * 2.0**-delta).float().item())
+        scale = scale_of_largest(torch.tensor(largest, dtype=torch.float64), element) * 2.0**-delta
+        operand = Operand(element, scale.float().item())
         return error(operand), delta, operand
 
     def least(tried):
@@ -115,8 +116,8 @@ def search_product(
     *,
     bits: int = 4,
     rounds: int = 3,
-    largest_a: torch.Tensor | None = None,
-    largest_b: torch.Tensor | None = None,
+    largest_a: float | None = None,
+    largest_b: float | None = None,
 ) -> ProductSearch:
     """Formats and scales of both operands by the squared error of their product (LLM-FP4's FPQ baseline).
 
@@ -131,8 +132,8 @@ def search_product(
         for part in parts:
             require_finite(f"operand {side}", getattr(part, side))
     largest = {
-        "a": torch.stack([p.a.abs().amax() for p in parts]).amax() if largest_a is None else largest_a,
-        "b": torch.stack([p.b.abs().amax() for p in parts]).amax() if largest_b is None else largest_b,
+        "a": max(p.a.abs().amax().item() for p in parts) if largest_a is None else largest_a,
+        "b": max(p.b.abs().amax().item() for p in parts) if largest_b is None else largest_b,
     }
     chosen: dict[str, Operand | None] = {"a": None, "b": None}
     best = None
