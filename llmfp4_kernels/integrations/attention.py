@@ -3,7 +3,7 @@
 Simulated: operands are rounded to the grid of their format and multiplied in float32; there are no packed kernels for
 these products. Products of 4-bit elements are small integers times a power of two, so their float32 sums are exact (to
 2^16 terms and more) and equal whatever the order. The KV cache keeps what the model puts there: keys and values are
-rounded when they are read.
+rounded when they are read. Where it shall hold codes, cache.fp4_cache makes one.
 """
 
 from __future__ import annotations
