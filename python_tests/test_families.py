@@ -257,6 +257,20 @@ def test_a_layer_called_several_times_sees_all_its_inputs():
     assert packed.x_scale.item() * packed.activation.max == pytest.approx(max(seen).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("recipe", ["llm-fp4", "minmax-w4a4"])
+def test_a_table_has_no_activations(recipe, tmp_path):
+    """A W4A4 recipe stores nothing about the inputs of a table, which are ids; no calibration is needed."""
+    model = made("llama")
+    overrides = {"embed_tokens": recipe}
+    report = quantize_model(model, "mxfp4", include=("embed_tokens",), overrides=overrides, progress=False)
+    table = model.model.embed_tokens
+    assert report.layers[0]["activation"] is None and table.x_scale is None and table.shift is None
+    save_quantized(model, tmp_path / "q")
+    assert torch.equal(
+        output(load_quantized(tmp_path / "q"), {"input_ids": TOKENS}), output(model, {"input_ids": TOKENS})
+    )
+
+
 def test_tables_that_compute_something_else_are_left_alone():
     class Doubled(nn.Embedding):
         def forward(self, ids):

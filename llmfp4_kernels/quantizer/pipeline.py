@@ -124,9 +124,10 @@ def _settings(calibration, sample_tokens: int) -> str:
 def _quantize_one(name: str, layer: nn.Module, recipe: Recipe, inputs: LayerInputs | None) -> tuple[PackedFP4, dict]:
     started = time.perf_counter()
     weight = weight_of(layer).float()
-    if recipe.needs_calibration and isinstance(layer, nn.Embedding):
-        # The output of a table is its rows: with one-hot inputs the output error is the table's own.
-        inputs = LayerInputs(x=torch.eye(weight.shape[1], device=weight.device))
+    if isinstance(layer, nn.Embedding):
+        # The output of a table is its rows: with one-hot inputs, 16-bit ones, the output error is the table's own.
+        recipe = dataclasses.replace(recipe, activation_elements=(), preshift=False)
+        inputs = LayerInputs(x=torch.eye(weight.shape[1], device=weight.device)) if recipe.search else None
     packed = quantize_linear(weight, recipe, inputs)
     x = inputs.x if inputs is not None else None
     row = {
