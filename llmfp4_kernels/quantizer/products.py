@@ -46,12 +46,12 @@ class Part:
     b: torch.Tensor
     counts: torch.Tensor | None = None
 
-    def squares(self, error: torch.Tensor) -> float:
-        """Sum of the squares of an error [..., r, s] where it counts; overwrites it."""
+    def squares(self, error: torch.Tensor) -> torch.Tensor:
+        """Sum (float64 []) of the squares of an error [..., r, s] where it counts; overwrites it."""
         error = error.square_()
         if self.counts is not None:
             error = error.mul_(self.counts)
-        return error.sum(dtype=torch.float64).item()
+        return error.sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def _offsets(parts: Sequence[Part], side: str, other: Operand | None) -> list[tu
 
 def _error(parts: Sequence[Part], side: str, offsets, operand: Operand | None) -> float:
     """Sum of squared errors of the product with `operand` on one side."""
-    total = 0.0
+    totals = []
     for part, (other, offset) in zip(parts, offsets):
         x = part.a if side == "a" else part.b
         f = operand.round(x).sub_(x)
-        total += part.squares((f @ other if side == "a" else other @ f).add_(offset))
-    return total
+        totals.append(part.squares((f @ other if side == "a" else other @ f).add_(offset)))
+    return sum(totals).item()
 
 
 def search_scale(
@@ -147,5 +147,5 @@ def search_product(
         if chosen == before:
             break
     total, pair = best
-    whole = sum(part.squares(part.a @ part.b) for part in parts)
+    whole = sum(part.squares(part.a @ part.b) for part in parts).item()
     return ProductSearch(pair["a"], pair["b"], total / whole if whole else 0.0)
