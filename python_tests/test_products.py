@@ -5,7 +5,7 @@ import torch
 
 from llmfp4_kernels.errors import BadInput
 from llmfp4_kernels.formats import E2M1, searched_elements
-from llmfp4_kernels.quantizer.products import Operand, Part, search_product
+from llmfp4_kernels.quantizer.products import Operand, Part, merge, search_product
 
 DELTAS = [i / 8 for i in range(-4, 16)]
 
@@ -42,6 +42,20 @@ def test_results_that_do_not_count_are_ignored():
     )
     assert (whole.a, whole.b) == (part.a, part.b)
     assert whole.relative_error == pytest.approx(part.relative_error)
+
+
+def test_merged_parts_are_the_same_product():
+    """Parts of many sizes, with and without results that do not count, in fewer tensors with zeros between them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for i, (r, c, s) in enumerate([(5, 4, 7), (6, 4, 7), (3, 4, 2), (40, 9, 33), (44, 8, 31), (4, 7, 6)]):
+        counts = torch.rand(2, 1, r, s, generator=generator) > 0.4 if i % 2 else None
+        parts.append(Part(*(torch.randn(2, 3, *shape, generator=generator) for shape in ((r, c), (c, s))), counts))
+    merged = merge(parts)
+    assert 1 < len(merged) < len(parts) and sum(len(part.a) for part in merged) == 12
+    separate, together = search_product(parts), search_product(merged)
+    assert (separate.a, separate.b) == (together.a, together.b)
+    assert together.relative_error == pytest.approx(separate.relative_error)
 
 
 def test_zeros_and_bad_input():

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import BadInput
 from ..formats import searched_elements
 from ..packed import FORMAT
-from ..quantizer.products import Part, search_product
+from ..quantizer.products import Part, merge, search_product
 from ..reference import require_finite
 from .attention import ATTRIBUTE, AttentionOperands, fold_heads, require_redirectable, use_attention
 
@@ -167,7 +167,7 @@ def _search(recorder: _Recorder, products, bits: int, rounds: int) -> tuple[Atte
     for product, a, b in (("qk", "query", "key"), ("pv", "probabilities", "value")):
         if product in products:
             largest = {"largest_a": recorder.largest.get(a), "largest_b": recorder.largest[b]}
-            search = search_product(recorder.parts[product], bits=bits, rounds=rounds, **largest)
+            search = search_product(merge(recorder.parts[product]), bits=bits, rounds=rounds, **largest)
             found |= {a: search.a, b: search.b}
             operands = {a: [search.a.element.name, search.a.scale], b: [search.b.element.name, search.b.scale]}
             row[product] = operands | {"relative_error": search.relative_error}
