@@ -2,6 +2,7 @@
 # make test   set up, build, run all tests
 # make lint   ruff and clang-format
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
+#                                         (ARGS="--recipes llm-fp4" and the like are passed on)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -17,10 +18,10 @@ test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
 
 accuracy ablations: build
-	OMP_WAIT_POLICY=passive $(PY) benchmarks/$@.py
+	OMP_WAIT_POLICY=passive $(PY) benchmarks/$@.py $(ARGS)
 
 zero-shot: build $(VENV)/zero-shot
-	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) benchmarks/zero_shot.py
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) benchmarks/zero_shot.py $(ARGS)
 
 $(VENV)/zero-shot: benchmarks/requirements-zero-shot.txt $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.txt -r $<

@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import machine
@@ -21,8 +22,12 @@ from llmfp4_kernels.nn import FP4Module
 CODE = ("quantizer/*.py", "integrations/*.py", "formats.py", "packed.py", "reference.py", "nn.py", "embedding.py")
 
 
+@cache
 def _code() -> bytes:
-    """What the package's quantizer does: its source without comments and layout, whose edits cost no search again."""
+    """What the package's quantizer does: its source without comments and layout, whose edits cost no search again.
+
+    Read once: a process goes on with the code that it started with, whatever is edited meanwhile.
+    """
     package = Path(llmfp4_kernels.__path__[0])
     files = sorted(file for glob in CODE for file in package.glob(glob))
     return "".join(ast.dump(ast.parse(file.read_text())) for file in files).encode()

@@ -147,33 +147,33 @@ def test_bad_input_is_refused_before_any_work(capsys, tmp_path):
         result_file.ResultFile(tmp_path / "bad.json")
 
 
-def rows(**more) -> dict:
-    return {"machine": {"cpu": "a cpu", "cores": 2}, "commit": "c" * 40} | more
+def written(folder: Path, name: str, section: str, about: dict, rows: dict) -> None:
+    """A result file with these rows, each of its own commit."""
+    rows = {row: {"commit": letter * 40} | content for letter, (row, content) in zip("cde", rows.items())}
+    machine = {"machine": {"cpu": "a cpu", "cores": 2}, "commit": "f" * 40}
+    (folder / name).write_text(json.dumps(machine | {section: {"about": about, "rows": rows}}))
 
 
 def test_figures_are_filled_between_their_marks(tmp_path):
     """Each section by its own marks; what has no file, and the text around, stays."""
-    quality = {"perplexity": 41.62}
-    check = {"worst_units": 1.0, "off_simulated": 1e-6, "off_reference": 0.0}
-    row = {
-        "width": 4,
-        "bits_per_weight": 4.06,
-        "quality": {"perplexity": 1516513.25},
-        "check": check,
-        "commit": "d" * 40,
-    }
-    about = {"model": "m", "text": "t"}
-    found = {
-        "full precision": {"quality": quality, "width": 32, "commit": "c" * 40},
-        "minmax-w4a4": row,
-        "new-recipe": row,
-    }
-    (tmp_path / "accuracy.json").write_text(json.dumps(rows(language={"about": about, "rows": found})))
     marks = "\n".join(f"<!-- figures: {name}begin -->\nold\n<!-- figures: {name}end -->" for name in figures.SECTIONS)
-    filled = figures.fill(f"before\n{marks}\nafter\n", tmp_path)
-    assert filled.startswith("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\n") and filled.endswith(
-        "after\n"
-    )
+    text = f"before\n{marks}\nafter\n"
+    assert figures.fill(text, tmp_path) == text
+    check = {"worst_units": 1.0, "off_simulated": 1e-6, "off_reference": 0.0}
+    row = {"width": 4, "bits_per_weight": 4.06, "quality": {"perplexity": 1516513.25}, "check": check}
+    full = {"quality": {"perplexity": 41.62}, "width": 32}
+    written(tmp_path, "accuracy.json", "language", {"model": "m", "text": "t"},
+            {"full precision": full, "minmax-w4a4": row, "new-recipe": row})  # fmt: skip
+    filled = figures.fill(text, tmp_path)
+    assert filled.startswith("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\n")
     assert "| MinMax FP4 | 4.06 | 1,516,513 | – | – |" in filled and "| new-recipe | 4.06 |" in filled
-    assert "41.6" in filled and "commit cccccccccc, dddddddddd" in filled
+    assert "41.6" in filled and "commit cccccccccc, dddddddddd" in filled and filled.endswith("\nafter\n")
     assert filled.count("old") == len(figures.SECTIONS) - 1 and figures.fill(filled, tmp_path) == filled
+    scores = {"scores": {"boolq": {"acc": 0.5, "stderr": 0.05}}, "average": [0.5, 0.05]}
+    written(tmp_path, "zero_shot.json", "zero_shot", {"model": "m", "limit": 9, "seed": 1, "lm_eval": "0"},
+            {"full precision": scores, "llm-fp4": scores | {"loss": [0.02, 0.01]}})  # fmt: skip
+    about = {"model": "m", "layers": ["a"], "held_out": 5, "default": "d"}
+    written(tmp_path, "ablations.json", "ablations", about, {"grid: gamma": {"ratio": 1.1, "least": 1, "largest": 2}})
+    filled = figures.fill(filled, tmp_path)
+    assert "| llm-fp4 | 50.0 ± 5.0 | 50.0 ± 5.0 | -2.0 ± 1.0 |" in filled and "| grid | gamma | 1.100 |" in filled
+    assert filled.count("old") == 1
