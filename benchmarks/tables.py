@@ -45,8 +45,7 @@ def _agreement(quality: dict) -> str:
 
 def _accuracy_table(report: dict, section: str, what: str, cell: Callable[[dict], str]) -> list[str]:
     about, rows = report[section]["about"], report[section]["rows"]
-    others = {name: {row["width"]: name} for name, row in rows.items() if name not in (FULL, *_in_methods())}
-    methods = {title: dict(zip(WIDTHS, names)) for title, names in METHODS.items()} | others
+    methods = {title: dict(zip(WIDTHS, names)) for title, names in METHODS.items()} | _other_methods(rows)
     lines = [
         f"{about['model']}, {about['text']}: {what}. In full precision {cell(rows[FULL]['quality'])} "
         f"(`results/accuracy.json`, {where(report, rows)}).",
@@ -69,8 +68,13 @@ def _accuracy_table(report: dict, section: str, what: str, cell: Callable[[dict]
     return lines
 
 
-def _in_methods() -> set[str]:
-    return {name for names in METHODS.values() for name in names}
+def _other_methods(rows: dict) -> dict[str, dict[int, str]]:
+    """{title: {width: recipe}} of recipes beyond METHODS; those that differ in their ending -a4, -a8, -a16 are one."""
+    known, others = {FULL, *(name for names in METHODS.values() for name in names)}, {}
+    for name, row in rows.items():
+        if name not in known:
+            others.setdefault(name.removesuffix(f"-a{row['width']}"), {})[row["width"]] = name
+    return others
 
 
 def _checked(checks: dict[str, dict], what: str) -> str:

@@ -149,8 +149,8 @@ def test_bad_input_is_refused_before_any_work(capsys, tmp_path):
 
 def written(folder: Path, name: str, section: str, about: dict, rows: dict) -> None:
     """A result file with these rows, each of its own commit."""
-    rows = {row: {"commit": letter * 40} | content for letter, (row, content) in zip("cde", rows.items())}
-    machine = {"machine": {"cpu": "a cpu", "cores": 2}, "commit": "f" * 40}
+    rows = {row: {"commit": letter * 40} | content for letter, (row, content) in zip("cdef", rows.items())}
+    machine = {"machine": {"cpu": "a cpu", "cores": 2}, "commit": "a" * 40}
     (folder / name).write_text(json.dumps(machine | {section: {"about": about, "rows": rows}}))
 
 
@@ -163,11 +163,13 @@ def test_figures_are_filled_between_their_marks(tmp_path):
     row = {"width": 4, "bits_per_weight": 4.06, "quality": {"perplexity": 1516513.25}, "check": check}
     full = {"quality": {"perplexity": 41.62}, "width": 32}
     written(tmp_path, "accuracy.json", "language", {"model": "m", "text": "t"},
-            {"full precision": full, "minmax-w4a4": row, "new-recipe": row})  # fmt: skip
+            {"full precision": full, "minmax-w4a4": row, "new-a4": row, "new-a16": row | {"width": 16}})  # fmt: skip
     filled = figures.fill(text, tmp_path)
     assert filled.startswith("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\n")
-    assert "| MinMax FP4 | 4.06 | 1,516,513 | – | – |" in filled and "| new-recipe | 4.06 |" in filled
-    assert "41.6" in filled and "commit cccccccccc, dddddddddd" in filled and filled.endswith("\nafter\n")
+    assert (
+        "| MinMax FP4 | 4.06 | 1,516,513 | – | – |" in filled and "| new | 4.06 | 1,516,513 | – | 1,516,513 |" in filled
+    )
+    assert "41.6" in filled and "commit cccccccccc, dddddddddd, " in filled and filled.endswith("\nafter\n")
     assert filled.count("old") == len(figures.SECTIONS) - 1 and figures.fill(filled, tmp_path) == filled
     scores = {"scores": {"boolq": {"acc": 0.5, "stderr": 0.05}}, "average": [0.5, 0.05]}
     written(tmp_path, "zero_shot.json", "zero_shot", {"model": "m", "limit": 9, "seed": 1, "lm_eval": "0"},
