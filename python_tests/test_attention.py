@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from llmfp4_kernels import load_quantized, quantize_model, save_quantized
-from llmfp4_kernels.errors import BadInput
+from llmfp4_kernels.errors import BadFile, BadInput
 from llmfp4_kernels.formats import E1M2, E2M1, E3M0
 from llmfp4_kernels.integrations.attention import AttentionOperands, attention_operands, fp4_attention, use_attention
 from llmfp4_kernels.integrations.attention_search import quantize_attention, search_attention
@@ -152,6 +152,18 @@ def test_quantize_save_load(family, tmp_path):
     assert torch.equal(output(again, batch), expected) and attention_operands(again) == report.operands
     use_attention(again, {})
     assert again.config._attn_implementation == "sdpa" and not torch.equal(output(again, batch), expected)
+
+
+def test_damaged_operands_are_refused(tmp_path):
+    model = llama()
+    quantize_attention(model, TOKENS)
+    save_quantized(model, tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for old, new in (('"e3m0"', '"e3m3"'), ('"probabilities"', '"weights"'), ('"query": [', '"query": [[], ')):
+        assert old in config
+        (tmp_path / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(BadFile, match="attention"):
+            load_quantized(tmp_path)
 
 
 def test_a_forward_is_the_eager_reference(monkeypatch):

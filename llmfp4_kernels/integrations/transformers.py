@@ -195,6 +195,10 @@ def _check_folder(path: Path) -> dict:
         raise BadFile(f"{path} holds {found}, expected method {FORMAT!r} version {VERSION}")
     if not isinstance(quantization.get("layers"), dict):
         raise BadFile(f"{config_file} names no layers of format {FORMAT!r}")
+    try:
+        _operands(quantization.get("attention") or {})
+    except (BadInput, AttributeError) as error:
+        raise BadFile(f"{config_file} describes attention that this package does not know: {error}") from error
     with open_safetensors(path / WEIGHTS) as file:
         present = set(file.keys())
         for name, entry in quantization["layers"].items():
