@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmfp4_kernels.errors import BadInput
-from llmfp4_kernels.formats import E1M2, E2M1, E3M0, searched_elements
-from llmfp4_kernels.quantizer import preshift, row_scales, search_linear
-from llmfp4_kernels.reference import dequantize, dequantize_activation, gemm, quantize_activation
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, element, searched_elements
+from llmfp4_kernels.quantizer import objective, row_scales, search_linear
+from llmfp4_kernels.reference import decode, dequantize, dequantize_activation, encode, gemm, quantize_activation
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +124,7 @@ def test_proxy_finds_the_best_of_the_whole_grid():
         e = row_scales.snap(w / scale, E2M1) * scale - w
         errors.append(((e @ gram) * e).sum(1))
     exhaustive = torch.stack(errors).amin(0).sum().item() / (24 * len(x))
-    assert exhaustive * 0.999 <= found.mse <= exhaustive * 1.01
+    assert found.mse <= exhaustive * 1.01
 
 
 @pytest.mark.parametrize("elements", [(E2M1,), (E1M2,), (E3M0,), (E1M2, E3M0)])
@@ -135,13 +135,54 @@ def test_restricted_elements(elements):
     assert int(found.shift.max()) <= found.activation_element.max_shift
 
 
-@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_distinct_magnitudes(bits):
     x, w = layer("student")
     found = search_linear(x, w, weight_bits=bits, activation_bits=bits)
     xq = found.activation_dequantized(x)
     assert max(len(row.abs().unique()) for row in found.weight_dequantized()) <= 2 ** (bits - 1)
     assert max(len(channel.abs().unique()) for channel in xq.T) <= 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("name", ["e5m2", "e3m4"])
+def test_8_bit_activations_keep_their_width(name):
+    """The authors' code stores an exponent two bits too wide."""
+    x, w = layer("student", tokens=64)
+    wide = element(name)
+    found = search_linear(x, w, activation_bits=8, activation_elements=(wide,))
+    unit = found.x_scale * 2.0 ** -found.shift.float()
+    codes = encode(found.activation_dequantized(x) / unit, wide)
+    assert torch.equal(decode(codes, wide) * unit, found.activation_dequantized(x))
+    assert int(found.shift.max()) <= 2**wide.exponent_bits - 1
+
+
+def test_zero_rows_do_not_decide_the_formats():
+    """In the authors' code they are NaN, which wins every argmax: E3M0 for weight and activation."""
+    x, w = layer("gauss")
+    before = search_linear(x, w)
+    w[::6] = 0
+    found = search_linear(x, w)
+    assert found.weight_element == before.weight_element and found.activation_element == before.activation_element
+
+
+def test_gram_stands_for_the_tokens():
+    x, w = layer()
+    from_tokens = search_linear(x, w, activation_bits=16)
+    gram = x.double().T @ x.double()
+    for tokens in (None, x[:7]):
+        found = search_linear(tokens, w, activation_bits=16, gram=gram, gram_tokens=len(x))
+        assert found.mse == pytest.approx(from_tokens.mse, rel=1e-3)
+        assert found.mse == pytest.approx(output_mse(x, w, found).item(), rel=1e-4)
+    half = search_linear(None, w, activation_bits=16, gram=gram, gram_tokens=2 * len(x))
+    assert half.mse == pytest.approx(found.mse / 2, rel=1e-6)
+
+
+def test_rows_of_zeros_in_a_gram():
+    w = layer()[1]
+    gram = torch.zeros(64, 64, dtype=torch.float64)
+    assert search_linear(None, w, activation_bits=16, gram=gram, gram_tokens=3).mse == 0
+    gram[2, 2] = 1e-30
+    assert search_linear(None, w, activation_bits=16, gram=gram, gram_tokens=3).row_scale.isfinite().all()
 
 
 @pytest.mark.parametrize("preshift_on", [True, False])
@@ -212,13 +253,12 @@ def test_gamma_with_negative_bias_runs_backwards():
 
 @pytest.mark.parametrize("exponent", [-60, -20, 20, 60])
 def test_additive_grid_is_scale_free(exponent):
+    """But for the points of the gamma grid, which a scale shifts."""
     x, w = layer()
     plain, scaled = search_linear(x, w), search_linear(x * 2.0**exponent, w * 2.0**-exponent)
-    assert torch.equal(plain.row_scale * 2.0**-exponent, scaled.row_scale)
-    assert torch.equal(plain.shift, scaled.shift) and plain.x_scale * 2.0**exponent == scaled.x_scale
-    assert plain.mse == pytest.approx(scaled.mse, rel=1e-6)
+    assert plain.mse == pytest.approx(scaled.mse, rel=0.02)
     tiny = search_linear(x, w * 2.0**exponent)
-    assert torch.equal(plain.row_scale * 2.0**exponent, tiny.row_scale)
+    assert plain.mse == pytest.approx(math.ldexp(tiny.mse, -2 * exponent), rel=0.02)
 
 
 @pytest.mark.parametrize("factor", [1e-43, 1e-30, 1e30, 1e36])
@@ -241,7 +281,7 @@ def test_channel_max_of_all_tokens():
 def test_heavy_tokens_are_probed():
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     x[1234] *= 1000
-    tokens, weights = preshift.probe_tokens(x, 64)
+    tokens, weights = objective.probe_tokens(x, 64)
     assert 1234 in tokens and len(tokens.unique()) == len(tokens) <= 64
     assert weights.sum().item() == pytest.approx(4000, rel=1e-5)
 
@@ -276,7 +316,16 @@ X, W = layer(tokens=8)
         (X, W, {"rounds": 0}, "rounds is 0"),
         (X, W, {"grid": "linear"}, "unknown grid"),
         (X, W, {"shift_rule": "nearest"}, "unknown shift_rule"),
-        (X, W, {"objective": "fisher"}, "unknown objective"),
+        (X, W, {"objective": "hessian"}, "unknown objective"),
+        (X, W, {"objective": "fisher"}, "'fisher', and none was given"),
+        (X, W, {"output_gradient": X}, "'mse', and one was given"),
+        (X, W, {"objective": "fisher", "output_gradient": X @ W.T[:, 1:]}, r"shape \[8, 47\], expected .* \[8, 48\]"),
+        (X, W, {"objective": "fisher", "output_gradient": bad(X @ W.T, math.nan)}, "output_gradient .* holds 1 values"),
+        (None, W, {}, "x is None"),
+        (None, W, {"gram": torch.eye(64), "gram_tokens": 8}, "only"),
+        (None, W, {"gram": torch.eye(64), "activation_bits": 16}, "gram_tokens is 0"),
+        (None, W, {"gram": torch.eye(63), "gram_tokens": 8, "activation_bits": 16}, r"\[63, 63\], expected"),
+        (X, W, {"gram": bad(torch.eye(64), math.inf), "gram_tokens": 8, "activation_bits": 16}, "gram of shape"),
         (X, W, {"weight_bits": 5}, "5 bits"),
         (X, W, {"activation_bits": 3}, "3 bits"),
     ],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import Element
+from .objective import Layer, RowErrors, block_elements
 from .preshift import Activation
 from .scales import row_slices, scale_of_largest, snap
 
@@ -17,10 +18,10 @@ DELTAS = tuple(i / 64 for i in range(-64, 65)) + tuple(1 + i / 8 for i in range(
 SHORTLIST, SHORTLIST_ALONE = 24, 6
 """Candidates of a row that get an exact error: beside quantized activations, and without them. The proxy ranks by the
 weight's error alone: among 4 it finds the best but for 0.05 %; what suits the activation's error lies further down."""
-PROXY_ELEMENTS = 1 << 18
-"""Rows at a time, to stay in a core's cache"""
-PROBE_ROWS, PROBE_MARGIN = 128, 1.2
-"""A format with 1.2 times the error of the best one on this many rows is not searched further."""
+SCOUT_ROWS, SCOUT_STRIDE = 128, 4
+"""Every fourth point of a grid is looked at on this many rows, to drop formats and ends of the grid."""
+SCOUT_MARGIN, SCOUT_REACH = 1.2, 3.0
+"""A format with 1.2 times the error of the best one is dropped; a point with 3 times the best of every row is."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Weight:
         scale = self.row_scale[:, None]
         return snap(weight / scale, self.element).mul_(scale)
 
+    def same_as(self, other: Weight) -> bool:
+        return self.element == other.element and torch.equal(self.row_scale, other.row_scale)
+
 
 class GramProxy:
     """A cheap stand-in for e'Ge, G = U U' + diagonal: the leading directions of the inputs and the rest's power.
@@ -42,97 +46,125 @@ class GramProxy:
     the diagonal alone ranks candidates badly (best of 8 by diagonal 0.90 of the coarse search's error, exact 0.79).
     """
 
-    def __init__(self, gram: torch.Tensor, rank: int = 32):
+    def __init__(self, layer: Layer, rank: int = 32):
+        gram = layer.input_gram()
         start = torch.randn(len(gram), min(rank, len(gram)), generator=torch.Generator().manual_seed(0))
         basis = start.to(gram.device)
         for _ in range(3):
             basis = torch.linalg.qr(gram @ basis).Q
         values, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
         self.directions = basis @ (vectors * values.clamp(min=0).sqrt())
-        self.power = (gram.diagonal() - self.directions.square().sum(1)).clamp(min=0)
+        led = self.directions.square().sum(1)
+        self.power = (gram.diagonal() - led).clamp(min=0)
+        self.share = None
+        if not layer.shared:  # each row has its own diagonal and its own share of the common directions
+            own = layer.importance.T @ layer.x.square()
+            self.share = own.sum(1) / gram.diagonal().sum()
+            self.power = (own - self.share[:, None] * led).clamp_(min=0)
 
-    def __call__(self, e: torch.Tensor) -> torch.Tensor:
-        """About e'Ge of each row of e [rows, k]; overwrites e."""
-        leading = (e @ self.directions).square_().sum(1)
-        return leading.add_(e.square_() @ self.power)
+    def __call__(self, e: torch.Tensor, rows) -> torch.Tensor:
+        """About e'Ge of each row of e [..., rows, k]; overwrites e."""
+        leading = (e @ self.directions).square_().sum(-1)
+        if self.share is None:
+            return leading.add_(e.square_() @ self.power)
+        return leading.mul_(self.share[rows]).add_(e.square_().mul_(self.power[rows]).sum(-1))
 
 
 class WeightSearch:
     """Element and row scales of least output error: each row picks its own scale, the layer its element.
 
-    With e = wq - w, f = xq - x and D = f w the output error of a row is e'Ge + 2 e'(Xq'D) + |D|^2, G = Xq'Xq: one
-    k x k matrix instead of all tokens, and every term is of the size of the error, so that fp32 is enough.
+    grids are tuples of factors on the bias of the largest weight (gammas), or None for the additive grid. The points
+    of several grids are one set of candidates, so that more grids never give a larger error beside the same inputs.
     """
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, elements, gammas, unit_exponent: int):
-        self.x, self.weight, self.elements = x, weight, elements
-        self.largest = weight.abs().amax(1).double()
-        self.gram, self.ranked = x.T @ x, gammas is None
-        if gammas is not None:
-            self.candidates = {e: self.gamma_deltas(e, gammas, unit_exponent) for e in elements}
-        else:
-            proxy = GramProxy(self.gram)
-            self.candidates = {e: self.shortlist(e, proxy) for e in self.contenders(proxy)}
+    def __init__(self, layer: Layer, elements, grids, unit_exponent: int):
+        self.layer, self.unit_exponent = layer, unit_exponent
+        self.largest = layer.weight.abs().amax(1).double()
+        self.proxy = GramProxy(layer)
+        self.candidates: dict[Element, list[torch.Tensor]] = {}
+        for gammas in grids:
+            points = {e: self.grid(e, gammas) for e in elements}
+            if not layer.small or (gammas is None and layer.shared):
+                points = {e: self.shortlist(e, deltas) for e, deltas in self.scout(points).items()}
+            for element, deltas in points.items():
+                self.candidates.setdefault(element, []).append(deltas)
 
     def row_scale(self, element: Element, delta: torch.Tensor | float, rows=slice(None)) -> torch.Tensor:
         """float32 [rows] of biases `delta` above the one that just holds the row's largest weight."""
         return (scale_of_largest(self.largest[rows], element) * 2.0**-delta).float()
 
-    def gamma_deltas(self, element: Element, gammas, unit_exponent: int) -> torch.Tensor:
-        """LLM-FP4's grid of biases gamma · b0, [gammas, n] float64."""
-        b0 = element.bias - torch.log2(scale_of_largest(self.largest, element)) - unit_exponent
-        return (torch.tensor(gammas, dtype=torch.float64, device=b0.device)[:, None] - 1) * b0
+    def grid(self, element: Element, gammas) -> torch.Tensor:
+        """Deltas of the additive grid, or of LLM-FP4's biases gamma · b0; [points, n] float64."""
+        device = self.layer.weight.device
+        if gammas is None:
+            return torch.tensor(DELTAS, dtype=torch.float64, device=device)[:, None].expand(-1, len(self.largest))
+        b0 = element.bias - torch.log2(scale_of_largest(self.largest, element)) - self.unit_exponent
+        return (torch.tensor(gammas, dtype=torch.float64, device=device)[:, None] - 1) * b0
 
-    def proxy_errors(self, element: Element, proxy: GramProxy, deltas, rows) -> torch.Tensor:
-        """[deltas, rows]"""
-        w, errors = self.weight[rows], []
-        for delta in deltas:
-            scale = self.row_scale(element, delta, rows)
-            u = w / scale[:, None]
-            errors.append(proxy(snap(u, element).sub_(u)) * scale.square())
-        return torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
+    def blocks(self, deltas: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """deltas [points, rows] in runs for which points · rows · k is what is worked on at a time."""
+        return deltas.split(max(1, block_elements(w.device) // w.numel()))
 
-    def contenders(self, proxy: GramProxy) -> tuple[Element, ...]:
-        """The elements worth a full search, judged by some of the rows."""
-        n = self.weight.shape[0]
-        rows = torch.arange(0, n, max(1, n // PROBE_ROWS), device=self.weight.device)
-        totals = [self.proxy_errors(e, proxy, DELTAS[::4], rows).amin(0).sum() for e in self.elements]
-        return tuple(e for e, total in zip(self.elements, totals) if total <= min(totals) * PROBE_MARGIN)
+    def proxy_errors(self, element: Element, deltas: torch.Tensor, rows) -> torch.Tensor:
+        """[points, rows] for deltas [points, n]."""
+        w, errors = self.layer.weight[rows], []
+        for block in self.blocks(deltas[:, rows], w):
+            scale = self.row_scale(element, block, rows)
+            u = w / scale[:, :, None]
+            errors.append(self.proxy(snap(u, element).sub_(u), rows) * scale.square())
+        return torch.cat(errors).nan_to_num(nan=math.inf, posinf=math.inf)
 
-    def shortlist(self, element: Element, proxy: GramProxy) -> torch.Tensor:
-        """Each row's SHORTLIST best deltas by the proxy, [SHORTLIST, n] float64."""
-        grid = torch.tensor(DELTAS, dtype=torch.float64, device=self.weight.device)
-        best = []
-        for rows in row_slices(self.weight, PROXY_ELEMENTS):
-            errors = self.proxy_errors(element, proxy, DELTAS, rows)
-            best.append(grid[errors.topk(SHORTLIST, dim=0, largest=False).indices])
+    def scout(self, grids: dict[Element, torch.Tensor]) -> dict[Element, torch.Tensor]:
+        """The elements worth a full search, and the part of their grids that holds the best points of some rows."""
+        n = len(self.largest)
+        rows = slice(None, None, max(1, n // SCOUT_ROWS))
+        errors = {e: self.proxy_errors(e, deltas[::SCOUT_STRIDE], rows) for e, deltas in grids.items()}
+        totals = {e: found.amin(0).sum() for e, found in errors.items()}
+        limit, kept = min(totals.values()) * SCOUT_MARGIN, {}
+        for e, found in errors.items():
+            if totals[e] <= limit:
+                near = (found <= found.amin(0) * SCOUT_REACH).any(1).nonzero()
+                first, last = int(near.min()) - 1, int(near.max()) + 1
+                kept[e] = grids[e][max(0, first * SCOUT_STRIDE) : last * SCOUT_STRIDE + 1]
+        return kept
+
+    def shortlist(self, element: Element, deltas: torch.Tensor) -> torch.Tensor:
+        """Each row's SHORTLIST best deltas by the proxy, [≤ SHORTLIST, n] float64."""
+        count, best = min(SHORTLIST, len(deltas)), []
+        for rows in row_slices(self.layer.weight, block_elements(deltas.device)):
+            errors = self.proxy_errors(element, deltas, rows)
+            best.append(deltas[:, rows].gather(0, errors.topk(count, dim=0, largest=False).indices))
         return torch.cat(best, 1)
 
-    def search_rows(self, element: Element, rows: slice, gram, cross) -> tuple[torch.Tensor, torch.Tensor]:
+    def search_rows(self, element: Element, rows: slice, error_of, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(error less a constant, delta) [rows] of the best candidate of each row; the first of equals wins."""
-        w, deltas = self.weight[rows], self.candidates[element][:, rows]
-        if cross is None and self.ranked:
-            deltas = deltas[:SHORTLIST_ALONE]
-        best = torch.full_like(w[:, 0], math.inf), deltas[0]
-        for delta in deltas:
-            scale = self.row_scale(element, delta, rows)[:, None]
-            e = snap(w / scale, element).mul_(scale).sub_(w)
-            product = e @ gram if cross is None else torch.addmm(cross, e, gram)
-            error = product.mul_(e).sum(1)
-            better = error < best[0]
-            best = torch.where(better, error, best[0]), torch.where(better, delta, best[1])
+        w = self.layer.weight[rows]
+        best = torch.full_like(w[:, 0], math.inf), torch.zeros_like(self.largest[rows])
+        for deltas in self.candidates[element]:
+            for block in self.blocks(deltas[:count, rows], w):
+                scale = self.row_scale(element, block, rows)[:, :, None]
+                errors = error_of(snap(w / scale, element).mul_(scale).sub_(w))
+                error, index = errors.nan_to_num_(nan=math.inf, posinf=math.inf).min(0)
+                better = error < best[0]
+                delta = block.gather(0, index[None])[0]
+                best = torch.where(better, error, best[0]), torch.where(better, delta, best[1])
+        return best
+
+    def each(self, activation: Activation | None) -> dict[Element, tuple[float, Weight]]:
+        """(error less a constant, weight) of each element's best row scales beside the inputs as quantized."""
+        errors_of = RowErrors(self.layer, activation)
+        count = None if activation or self.layer.small or not self.layer.shared else SHORTLIST_ALONE
+        found = {element: [] for element in self.candidates}
+        for rows in row_slices(self.layer.weight):
+            error_of = errors_of.of(rows)
+            for element, parts in found.items():
+                parts.append(self.search_rows(element, rows, error_of, count))
+        best = {}
+        for element, parts in found.items():
+            errors, deltas = (torch.cat(part) for part in zip(*parts))
+            best[element] = errors.double().sum().item(), Weight(element, self.row_scale(element, deltas))
         return best
 
     def __call__(self, activation: Activation | None) -> Weight:
         """The best weight beside the inputs as `activation` quantizes them."""
-        xq = activation.dequantize(self.x) if activation else self.x
-        f = xq - self.x if activation else None
-        gram = xq.T @ xq if activation else self.gram
-        found = {element: [] for element in self.candidates}
-        for rows in row_slices(self.weight):
-            cross = ((f @ self.weight[rows].T).T @ xq).mul_(2) if activation else None
-            for element, parts in found.items():
-                parts.append(self.search_rows(element, rows, gram, cross))
-        errors = {e: torch.cat([error for error, _ in parts]).double().sum().item() for e, parts in found.items()}
-        element = min(errors, key=errors.get)
-        return Weight(element, self.row_scale(element, torch.cat([delta for _, delta in found[element]])))
+        return min(self.each(activation).values(), key=lambda found: found[0])[1]

@@ -11,12 +11,10 @@ from ..errors import BadInput
 from ..formats import FP4_ELEMENTS, Element, searched_elements
 from ..packed import PackedFP4
 from ..reference import decode, encode, quantize
-from .preshift import SHIFT_RULES, Activation, ActivationSearch
-from .row_scales import Weight, WeightSearch
-from .scales import require_matrix, row_slices
-
-GAMMAS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
-"""LLM-FP4's grid of factors on the bias; the authors' code evaluates the first 100 of 101 points."""
+from .descent import Descents
+from .objective import Layer
+from .preshift import SHIFT_RULES, Activation
+from .scales import require_matrix
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,9 @@ class LinearSearch:
     activation: Activation | None
     preshift: bool
     mse: float
-    """mean squared error of the layer's output against x @ weight.T, over all tokens and features"""
+    """mean squared error of the layer's output against x @ weight.T, over all features and tokens of x or the gram"""
+    objective_value: float
+    """what was minimized: mse, or the mean of squared errors times squared gradients"""
 
     @property
     def activation_element(self) -> Element | None:
@@ -58,10 +58,10 @@ class LinearSearch:
         return self.activation.dequantize(x.float()) if self.activation else x.float()
 
     def packed(self, recipe_name: str = "llm-fp4") -> PackedFP4:
-        """The layer as 4-bit codes. Raises BadInput at 6 and 8 bits, which have no packed form."""
-        for element in filter(None, (self.weight_element, self.activation_element)):
-            if element.name not in FP4_ELEMENTS:
-                raise BadInput(f"{element.name} has {element.bits} bits: only 4-bit elements have a packed form")
+        """The layer as 4-bit codes. Raises BadInput for weights of 6 and 8 bits, which have no packed form."""
+        element = self.weight_element
+        if element.name not in FP4_ELEMENTS:
+            raise BadInput(f"{element.name} has {element.bits} bits: only 4-bit weights have a packed form")
         return PackedFP4(
             codes=quantize(self.weight, self.weight_element, self.row_scale[:, None]),
             row_scale=self.row_scale,
@@ -74,26 +74,28 @@ class LinearSearch:
         )
 
 
-def output_mse(x: torch.Tensor, weight: torch.Tensor, weight_q: torch.Tensor, activation: Activation | None) -> float:
-    """Mean of (xq Wq^T - x W^T)^2 as (xq - x) Wq^T + x (Wq - W)^T, which keeps its digits in fp32."""
-    f = activation.dequantize(x).sub_(x) if activation else None
-    total = 0.0
-    for rows in row_slices(weight):
-        error = x @ (weight_q[rows] - weight[rows]).T
-        if activation:
-            error.addmm_(f, weight_q[rows].T)
-        total += error.square_().sum(dtype=torch.float64).item()
-    return total / (x.shape[0] * weight.shape[0])
-
-
 def _unit_exponent(largest: torch.Tensor) -> int:
     """The exponent e with 2^(e-1) ≤ largest < 2^e, held where 2^-e is a normal fp32; 0 for 0."""
     return max(-120, min(120, int(torch.frexp(largest.double()).exponent)))
 
 
-def _check(x, weight, channel_max, rounds, grid, shift_rule, objective):
+def _check_options(rounds, grid, shift_rule, objective, output_gradient):
+    if rounds < 1:
+        raise BadInput(f"rounds is {rounds}: at least 1 is needed")
+    for name, value, known in (
+        ("grid", grid, ("additive", "gamma")),
+        ("shift_rule", shift_rule, SHIFT_RULES),
+        ("objective", objective, ("mse", "fisher")),
+    ):
+        if value not in known:
+            raise BadInput(f"unknown {name} {value!r}: known are {', '.join(known)}")
+    if (objective == "fisher") != (output_gradient is not None):
+        given = "none was given" if output_gradient is None else "one was given"
+        raise BadInput(f"objective 'fisher' takes an output_gradient and 'mse' takes none: {objective!r}, and {given}")
+
+
+def _check_inputs(x, weight, channel_max, output_gradient):
     require_matrix("x", x)
-    require_matrix("weight", weight)
     if x.shape[1] != weight.shape[1]:
         raise BadInput(f"x has {x.shape[1]} channels and weight {list(weight.shape)} takes {weight.shape[1]}")
     if channel_max is not None:
@@ -102,19 +104,27 @@ def _check(x, weight, channel_max, rounds, grid, shift_rule, objective):
         low = int((channel_max < x.abs().amax(0)).sum())
         if low:
             raise BadInput(f"channel_max is below the largest input of x in {low} of {x.shape[1]} channels")
-    if rounds < 1:
-        raise BadInput(f"rounds is {rounds}: at least 1 is needed")
-    for name, value, known in (
-        ("grid", grid, ("additive", "gamma")),
-        ("shift_rule", shift_rule, SHIFT_RULES),
-        ("objective", objective, ("mse",)),
-    ):
-        if value not in known:
-            raise BadInput(f"unknown {name} {value!r}: known are {', '.join(known)}")
+    if output_gradient is not None:
+        require_matrix("output_gradient", output_gradient)
+        if list(output_gradient.shape) != [x.shape[0], weight.shape[0]]:
+            expected = [x.shape[0], weight.shape[0]]
+            raise BadInput(
+                f"output_gradient has shape {list(output_gradient.shape)}, expected [tokens, n] = {expected}"
+            )
+
+
+def _check_gram(gram, gram_tokens, k, activation_bits, output_gradient):
+    require_matrix("gram", gram)
+    if list(gram.shape) != [k, k]:
+        raise BadInput(f"gram has shape {list(gram.shape)}, expected [k, k] = {[k, k]}")
+    if gram_tokens < 1:
+        raise BadInput(f"gram_tokens is {gram_tokens}: a gram comes with the number of its tokens, at least 1")
+    if activation_bits != 16 or output_gradient is not None:
+        raise BadInput("a gram serves objective 'mse' with activation_bits=16 only: the rest looks at tokens")
 
 
 def search_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     *,
     weight_bits: int = 4,
@@ -127,52 +137,75 @@ def search_linear(
     channel_max: torch.Tensor | None = None,
     weight_elements: tuple[Element, ...] | None = None,
     activation_elements: tuple[Element, ...] | None = None,
+    output_gradient: torch.Tensor | None = None,
+    gram: torch.Tensor | None = None,
+    gram_tokens: int = 0,
 ) -> LinearSearch:
-    """Formats, row scales, x_scale and shift of a linear layer by the mean squared error of its output.
+    """Formats, row scales, x_scale and shift of a linear layer by the squared error of its output.
 
     x [tokens, k] are the inputs of the full-precision layer and weight [n, k] its weight, on one device, any float
     dtype. Bits are 4, 6 or 8; activation_bits=16 leaves activations as they are, and one weight search suffices.
     Weights and activations are searched in turn, each beside the other's last choice, and the best pair of all rounds
     is kept. channel_max [k] gives the largest magnitudes over all calibration tokens when x is a sample of them.
 
-    grid        "additive": bias b0 + delta, delta in -1..2 per row and -1..4 per tensor
+    grid        "additive": bias b0 + delta, delta in -1..2 per row and -1..4 per tensor, besides the points of "gamma":
+                never a larger objective than "gamma" with the same rule, and with "phase" than "gamma" with "paper",
+                above 4 bits also with "release"
                 "gamma": the paper's 100 factors 0.01..1.2 on the bias b0 of the largest magnitude
     shift_rule  how channel biases become integer shifts (see preshift.channel_shift); "phase" searches it
+    objective   "mse": mean squared error of the output
+                "fisher": squared errors weighted by the squares of output_gradient [tokens, n], the gradient of the
+                task's loss with respect to the layer's output at these inputs (the paper's appendix A)
+    gram        with activation_bits=16: sum of x'x [k, k] (float64) over gram_tokens calibration tokens, which decides
+                in place of x; x may be None
 
     Raises BadInput for NaN, Inf, empty or mismatched tensors and unknown options.
     """
-    _check(x, weight, channel_max, rounds, grid, shift_rule, objective)
-    x, weight = x.float(), weight.float()
-    channel_max = x.abs().amax(0) if channel_max is None else channel_max.float()
-    x_unit, w_unit = _unit_exponent(channel_max.amax()), _unit_exponent(weight.abs().amax())
-    # Powers of two: every product and code stays what it was, and squares of tiny or huge inputs stay in range.
-    x1, w1 = torch.ldexp(x, torch.tensor(-x_unit)), torch.ldexp(weight, torch.tensor(-w_unit))
-    gammas = GAMMAS if grid == "gamma" else None
-    weight_search = WeightSearch(x1, w1, weight_elements or searched_elements(weight_bits), gammas, w_unit)
-    activation_search = None
+    require_matrix("weight", weight)
+    _check_options(rounds, grid, shift_rule, objective, output_gradient)
+    if x is None and gram is None:
+        raise BadInput("x is None: without inputs a search needs a gram")
+    if x is not None:
+        _check_inputs(x, weight, channel_max, output_gradient)
+    if gram is not None:
+        _check_gram(gram, gram_tokens, weight.shape[1], activation_bits, output_gradient)
+    elements = weight_elements or searched_elements(weight_bits), None
     if activation_bits != 16:
-        elements = activation_elements or searched_elements(activation_bits)
-        maxima = torch.ldexp(channel_max, torch.tensor(-x_unit))
-        activation_search = ActivationSearch(x1, maxima, elements, shift_rule if preshift else None, gammas, x_unit)
-    mse, w_best, a_best = _alternate(x1, w1, weight_search, activation_search, rounds)
-    if a_best:
-        a_best = replace(a_best, x_scale=torch.ldexp(a_best.x_scale, torch.tensor(x_unit)))
-    row_scale = torch.ldexp(w_best.row_scale, torch.tensor(w_unit))
-    return LinearSearch(weight, w_best.element, row_scale, a_best, preshift, math.ldexp(mse, 2 * (x_unit + w_unit)))
+        elements = elements[0], activation_elements or searched_elements(activation_bits)
+    weight = weight.float()
+    layer, channel_max, units = _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens)
+    found = Descents(layer, channel_max, *elements, units[:2], rounds).best(grid, shift_rule if preshift else None)
+    x_unit, w_unit, g_unit = units
+    activation = found.activation
+    if activation:
+        activation = replace(activation, x_scale=torch.ldexp(activation.x_scale, torch.tensor(x_unit)))
+    return LinearSearch(
+        weight=weight,
+        weight_element=found.weight.element,
+        row_scale=torch.ldexp(found.weight.row_scale, torch.tensor(w_unit)),
+        activation=activation,
+        preshift=preshift,
+        mse=math.ldexp(found.mse, 2 * (x_unit + w_unit)),
+        objective_value=math.ldexp(found.value, 2 * (x_unit + w_unit + g_unit)),
+    )
 
 
-def _alternate(x, weight, weight_search, activation_search, rounds) -> tuple[float, Weight, Activation | None]:
-    """(mse, weight, activation) of the best pair seen; ends early when the activation stays as it was."""
-    best, w, a = None, None, None
-    for _ in range(rounds):
-        a_before = a
-        w = weight_search(a)
-        weight_q = w.dequantize(weight)
-        if activation_search:
-            a = activation_search(weight, weight_q, a)
-        mse = output_mse(x, weight, weight_q, a)
-        if best is None or mse < best[0]:
-            best = mse, w, a
-        if a is None or a.same_as(a_before):
-            break
-    return best
+def _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens) -> tuple[Layer, torch.Tensor, tuple]:
+    """(layer, channel maxima, exponents of inputs, weight and gradient), divided by powers of two.
+
+    Every product and code stays what it was, and squares of tiny or huge inputs stay in range.
+    """
+    x = weight[:0] if x is None else x.float()
+    if channel_max is None:
+        channel_max = x.abs().amax(0) if len(x) else (gram.diagonal().double() / gram_tokens).clamp(min=0).sqrt()
+    channel_max = channel_max.to(weight)
+    x_unit, w_unit = _unit_exponent(channel_max.amax()), _unit_exponent(weight.abs().amax())
+    importance, g_unit = None, 0
+    if output_gradient is not None:
+        g_unit = _unit_exponent(output_gradient.abs().amax())
+        importance = torch.ldexp(output_gradient.float(), torch.tensor(-g_unit)).square()
+    if gram is not None:
+        gram = torch.ldexp(gram.double() / gram_tokens, torch.tensor(-2 * x_unit)).float()
+    x, weight = torch.ldexp(x, torch.tensor(-x_unit)), torch.ldexp(weight, torch.tensor(-w_unit))
+    layer = Layer(x, weight, importance, gram)
+    return layer, torch.ldexp(channel_max, torch.tensor(-x_unit)), (x_unit, w_unit, g_unit)
