@@ -43,7 +43,7 @@ const cpu::Kernels& kernel_named(const std::string& name) {
 class Linear {
 public:
     Linear(int n, int k, std::tuple<int, int, int> element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
-           const std::string& scale, uintptr_t group_scale, int group_size, uintptr_t shift)
+           const std::string& scale, uintptr_t group_scale, int group_size, uintptr_t shift, uintptr_t x_factor)
         : w_{{n, k},
              element_of(element),
              pointer<uint8_t>(codes),
@@ -55,7 +55,9 @@ public:
              group_size ? (k + group_size - 1) / group_size : 0},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
-        for (int i = 0; i < k; ++i) factor_[i] = std::ldexp(1.0f, shift_ ? -int(shift_[i]) : 0);
+        const float* of_input = pointer<float>(x_factor);
+        for (int i = 0; i < k; ++i)
+            factor_[i] = std::ldexp(of_input ? of_input[i] : 1.0f, shift_ ? -int(shift_[i]) : 0);
     }
 
     // Activations become codes of `element` at the static scale `x_scale`: W4A4.
@@ -69,7 +71,19 @@ public:
             factor_[i] = std::ldexp(float(e.integer_scale()), top - shift);
         }
         const float unit = std::ldexp(1.0f / float(e.integer_scale() * w_.element.integer_scale()), -top);
-        a_ = {e, inverse_.data(), factor_.data(), x_scale * unit, shift_ != nullptr};
+        a_ = {e, inverse_.data(), factor_.data(), unit, x_scale, shift_ != nullptr, false, 0};
+    }
+
+    // Activations become codes of `element` at scales of their own: one per token, and one integer per group of
+    // `group_size` inputs if that is not 0.
+    void quantize_dynamically(std::tuple<int, int, int> element, int group_size) {
+        const Element e = element_of(element);
+        if (shift_) throw py::value_error("dynamic activations take no shift");
+        if (group_size < 0 || group_size > cpu::dynamic_group_limit)
+            throw py::value_error("groups of dynamic activations hold at most 256 inputs");
+        inverse_ = factor_;
+        const float unit = 1.0f / float(e.integer_scale() * w_.element.integer_scale());
+        a_ = {e, inverse_.data(), factor_.data(), unit, 0.0f, false, true, group_size};
     }
 
     // x [m, k] of row stride ldx → y [m, n] contiguous, both of `dtype`.
@@ -127,11 +141,12 @@ PYBIND11_MODULE(_C, m) {
     py::class_<cpu::Kernels>(m, "Kernel").def_readonly("name", &cpu::Kernels::name);
     py::class_<Linear>(m, "Linear")
         .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&,
-                      uintptr_t, int, uintptr_t>(),
+                      uintptr_t, int, uintptr_t, uintptr_t>(),
              py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
              py::arg("bias") = 0, py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0,
-             py::arg("shift") = 0)
+             py::arg("shift") = 0, py::arg("x_factor") = 0)
         .def("quantize_activations", &Linear::quantize_activations, py::arg("element"), py::arg("x_scale"))
+        .def("quantize_dynamically", &Linear::quantize_dynamically, py::arg("element"), py::arg("group_size"))
         .def("run", &Linear::run);
     m.def("kernels", &list_kernels);
     m.def("kernel", &kernel_named, py::return_value_policy::reference);

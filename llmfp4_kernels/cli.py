@@ -60,11 +60,11 @@ def show_info(result: dict) -> str:
 
 
 def _element(option: str | None, choices, of: str):
-    """The element of a recipe that --element or --activation names; e2m1 if neither does and the recipe has it."""
+    """The element of a recipe that --element or --activation names, or None."""
     names = [element.name for element in choices]
     if option and option not in names:
         raise BadInput(f"{option!r} is no {of} of this recipe: it has {', '.join(names) or 'none'}")
-    return formats.element(option or ("e2m1" if "e2m1" in names else names[0])) if names else None
+    return formats.element(option) if option else None
 
 
 def explain(args) -> dict:
@@ -75,14 +75,11 @@ def explain(args) -> dict:
     from .registry import explain as walk
 
     recipe = formats.recipe(args.recipe)
-    problem = Problem(
-        m=args.m, n=args.n, k=args.k,
-        element=_element(args.element, recipe.weight_elements, "weight element"),
-        activation=_element(args.activation, recipe.activation_elements, "activation element"),
-        scale=recipe.group_scale, group_size=recipe.group_size,
-        shift=recipe.preshift and bool(recipe.activation_elements),
-        dtype=getattr(torch, args.dtype), device=args.device,
-    )  # fmt: skip
+    element = _element(args.element, recipe.weight_elements, "weight element")
+    activation = _element(args.activation, recipe.activation_elements, "activation element")
+    problem = Problem.of_recipe(
+        recipe, args.m, args.n, args.k, element, activation, getattr(torch, args.dtype), args.device
+    )
     steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
     forced = os.environ.get(FORCE)
     willing = [step["kernel"] for step in steps if step["refusal"] is None and forced in (None, "", step["kernel"])]

@@ -9,6 +9,7 @@ from . import layout
 from .formats import FP4_ELEMENTS, Recipe
 from .formats import recipe as recipe_named
 from .nn import FP4Module
+from .ops import from_bytes
 from .packed import PackedFP4
 from .reference import decode, decode_scale, expand_groups
 
@@ -22,7 +23,9 @@ class FP4Embedding(FP4Module):
     def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4-a16"):
         super().__init__()
         recipe = recipe_named(recipe)
-        self._set_format(embedding_dim, num_embeddings, recipe.name, recipe.group_scale, recipe.group_size)
+        self._set_format(
+            embedding_dim, num_embeddings, recipe.name, recipe.group_scale, recipe.group_size, recipe.dynamic
+        )
         self._fresh_tensors(recipe, device)
         self._describe(num_embeddings, embedding_dim, dtype or torch.get_default_dtype(), None)
 
@@ -44,7 +47,7 @@ class FP4Embedding(FP4Module):
         """A table that uses the very Parameters of a head FP4Linear [vocabulary, hidden] (tied weights)."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._set_format(head.in_features, head.out_features, head.recipe, head.scale, head.group_size)
+        self._set_format(head.in_features, head.out_features, head.recipe, head.scale, head.group_size, head.dynamic)
         for name in cls.TENSORS:
             setattr(self, name, getattr(head, name))
         self._describe(head.out_features, head.in_features, dtype, padding_idx)
@@ -57,7 +60,10 @@ class FP4Embedding(FP4Module):
         if self.group_scale is not None:
             scales = decode_scale(self.group_scale[ids], self.scale)
             rows = rows * expand_groups(scales.flatten(0, -2), self.group_size, k).view(rows.shape)
-        return (rows * self.row_scale[ids].view(torch.float32)).to(self._like.dtype)
+        rows = rows * self.row_scale[ids].view(torch.float32)
+        if self.x_factor is not None:
+            rows = rows * from_bytes(self.x_factor)
+        return rows.to(self._like.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, recipe={self.recipe!r}"

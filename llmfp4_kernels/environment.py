@@ -73,15 +73,12 @@ def cuda() -> dict:
 def _probes() -> list[Problem]:
     """Problems of every recipe, with one and with many rows, on each device that is there."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    problems = []
-    for recipe in formats.RECIPES.values():
-        activation = formats.E2M1 if recipe.activation_elements else None
-        element = formats.E2M1 if formats.E2M1 in recipe.weight_elements else recipe.weight_elements[0]
-        for m, device in ((m, device) for m in (1, 512) for device in devices):
-            shift = recipe.preshift and activation is not None
-            group = recipe.group_scale, recipe.group_size
-            problems.append(Problem(m, 4096, 4096, element, activation, *group, shift, torch.float32, device))
-    return problems
+    return [
+        Problem.of_recipe(recipe, m, 4096, 4096, device=device)
+        for recipe in formats.RECIPES.values()
+        for m in (1, 512)
+        for device in devices
+    ]
 
 
 def kernels() -> list[dict]:

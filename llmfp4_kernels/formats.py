@@ -1,6 +1,9 @@
 """Number formats and recipes as records. This file imports nothing of the package but its errors.
 
 Y[m,n] = x_scale[m] · row_scale[n] · Σ_k X[m,k] · 2^(-shift[k]) · element(code[n,k]) · group_scale[n, k/G] + bias[n]
+
+A static activation is X = element(x_code), x_scale one number. A dynamic one is X = element(x_code) · x_group[m, k/Gx],
+with x_scale per token; both stand for x · x_factor[k], x being the layer's input.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import re
 from dataclasses import dataclass
 
 from .errors import BadInput
+
+INT8_MAX = 127
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,16 @@ class Element:
         return 1 << (self.bias + self.mantissa_bits - 1)
 
     @property
+    def max_integer(self) -> int:
+        """The largest value times integer_scale."""
+        return int(self.max * self.integer_scale)
+
+    @property
+    def max_factor(self) -> int:
+        """The largest integer that this element, as an integer, can be multiplied by within int8: E2M1 10, E1M2 18."""
+        return INT8_MAX // self.max_integer
+
+    @property
     def max_shift(self) -> int:
         """Largest pre-shifted exponent bias of an activation in this format: 2^E - 1 (LLM-FP4 eq. 15)."""
         return (1 << self.exponent_bits) - 1
@@ -111,19 +126,62 @@ def _e4m3(byte: int) -> float:
 
 @dataclass(frozen=True)
 class Scale:
-    """A kind of group scale, stored in one byte per group (OCP MX spec 1.0 section 5.4; OCP FP8 spec for E4M3)."""
+    """A kind of group scale, stored in one byte per group (OCP MX spec 1.0 section 5.4; OCP FP8 spec for E4M3).
+
+    "integer" is the byte itself: a multiple of the token's unit, so that a group's values stay integers.
+    """
 
     name: str
 
     @property
     def values(self) -> list[float]:
         """The value of all 256 bytes; NaN bytes are refused when a tensor is made."""
-        decode = {"e8m0": _e8m0, "e4m3": _e4m3}[self.name]
+        decode = {"e8m0": _e8m0, "e4m3": _e4m3, "integer": float}[self.name]
         return [decode(byte) for byte in range(256)]
 
 
-E8M0, E4M3 = Scale("e8m0"), Scale("e4m3")
+E8M0, E4M3, INTEGER = Scale("e8m0"), Scale("e4m3"), Scale("integer")
 SCALES = {s.name: s for s in (E8M0, E4M3)}
+"""What the groups of a weight may have."""
+X_SCALES = SCALES | {INTEGER.name: INTEGER}
+"""What the groups of a dynamic activation may have."""
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Activation scales taken at run time: one per token, and one for each group of channels within it if asked.
+
+    Without groups and with "integer" ones (1 ≤ integer ≤ element.max_factor) a product with weights of one scale per
+    row is a sum of int8 products, exact in int32. "e4m3" groups are NVFP4's, "e8m0" groups MXFP4's, which have no
+    scale per token.
+    """
+
+    group_size: int = 0
+    group_scale: Scale | None = None
+
+    def __post_init__(self):
+        if (self.group_scale is None) != (self.group_size == 0) or self.group_size < 0:
+            raise BadInput(f"group_size = {self.group_size} and group_scale {self.group_scale} belong together")
+
+    @property
+    def integer(self) -> bool:
+        return self.group_scale in (None, INTEGER)
+
+    def largest_integer(self, element: Element) -> int:
+        """What the largest activation of a token becomes, in units of the integer product."""
+        return element.max_integer * (element.max_factor if self.group_scale == INTEGER else 1)
+
+
+def is_integer_product(activation: Element | None, scale: Scale | None, dynamic: Dynamic | None, shift: bool) -> bool:
+    """Whether a product of such activations and weights (group scale `scale`) is one sum of integers.
+
+    The integers are int8 ones; those of E3M0 with a shift take two int8 planes.
+    """
+    if activation is None or scale is not None:
+        return False
+    if dynamic is not None:
+        return dynamic.integer and dynamic.largest_integer(activation) <= INT8_MAX
+    return activation.bits == 4 or (not shift and activation.max_integer <= INT8_MAX)
 
 
 @dataclass(frozen=True)
@@ -143,23 +201,53 @@ class Recipe:
     group_scale: Scale | None = None
     tensor_scale: bool = False
     """One fp32 scale for the whole tensor, broadcast into row_scale (NVFP4)."""
+    dynamic: Dynamic | None = None
+    """Activations get their scales at run time; None: one static x_scale from calibration."""
+    error_feedback: bool = False
+    """Round the weights one input channel after the other, each error made good by the channels to come (GPTQ)."""
+    smoothing: bool = False
+    """Search factors per input channel that move part of the activations' range into the weights (x_factor)."""
     source: str = ""
 
     @property
     def needs_calibration(self) -> bool:
-        return self.search or bool(self.activation_elements)
+        return self.search or self.error_feedback or (bool(self.activation_elements) and self.dynamic is None)
 
 
-_SEARCHED = searched_elements(4)
+_PAPER, _MX = "LLM-FP4, arXiv 2310.16836", "OCP MX spec 1.0"
+_FP4, _FP8 = searched_elements(4), searched_elements(8)
+_FP8_E4M3, _INT8 = element("e4m3"), element("e1m6")
+_MXFP4 = dict(weight_elements=(E2M1,), group_size=32, group_scale=E8M0, source=_MX)
+_NVFP4 = dict(weight_elements=(E2M1,), group_size=16, group_scale=E4M3, tensor_scale=True, source="NVIDIA NVFP4")
+_INT4 = dict(weight_elements=(E1M2,), group_size=128, group_scale=E4M3, source="symmetric INT4, codes -7..7")
+_GPTQ = dict(weight_elements=(E2M1, E1M2), error_feedback=True, smoothing=True, source="GPTQ, arXiv 2210.17323")
+_TOKEN = Dynamic()
 RECIPES = {
     r.name: r
     for r in (
-        Recipe("llm-fp4", _SEARCHED, _SEARCHED, search=True, preshift=True, source="LLM-FP4, arXiv 2310.16836"),
-        Recipe("llm-fp4-a16", _SEARCHED, search=True, source="LLM-FP4, arXiv 2310.16836, rows 4/4/16"),
-        Recipe("minmax-w4a4", (E2M1,), (E2M1,), source="LLM-FP4, arXiv 2310.16836, MinMax FP baseline"),
-        Recipe("mxfp4", (E2M1,), group_size=32, group_scale=E8M0, source="OCP MX spec 1.0"),
-        Recipe("nvfp4", (E2M1,), group_size=16, group_scale=E4M3, tensor_scale=True, source="NVIDIA NVFP4"),
-        Recipe("int4", (E1M2,), group_size=128, group_scale=E4M3, source="symmetric INT4, codes -7..7"),
+        Recipe("llm-fp4", _FP4, _FP4, search=True, preshift=True, source=_PAPER),
+        Recipe("llm-fp4-a8", _FP4, _FP8, search=True, preshift=True, source=f"{_PAPER}, rows 4/4/8"),
+        Recipe("llm-fp4-a16", _FP4, search=True, source=f"{_PAPER}, rows 4/4/16"),
+        Recipe("llm-fp4-baseline", _FP4, _FP4, search=True, source=f"{_PAPER}, FPQ baseline"),
+        Recipe("llm-fp4-baseline-a8", _FP4, _FP8, search=True, source=f"{_PAPER}, FPQ baseline, rows 4/4/8"),
+        Recipe("gptq-fp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(16, INTEGER), **_GPTQ),
+        Recipe("gptq-fp4-a8", activation_elements=(_INT8,), dynamic=_TOKEN, **_GPTQ),
+        Recipe("gptq-fp4-a16", **_GPTQ),
+        Recipe("minmax-w4a4", (E2M1,), (E2M1,), source=f"{_PAPER}, MinMax FP baseline"),
+        Recipe("minmax-w4a8", (E2M1,), (_FP8_E4M3,), source=f"{_PAPER}, MinMax FP baseline, rows 4/4/8"),
+        Recipe("minmax-w4a16", (E2M1,), source=f"{_PAPER}, MinMax FP baseline, rows 4/4/16"),
+        Recipe("minmax-int-w4a4", (E1M2,), (E1M2,), source=f"{_PAPER}, MinMax INT baseline"),
+        Recipe("minmax-int-w4a8", (E1M2,), (_INT8,), source=f"{_PAPER}, MinMax INT baseline, rows 4/4/8"),
+        Recipe("minmax-int-w4a16", (E1M2,), source=f"{_PAPER}, MinMax INT baseline, rows 4/4/16"),
+        Recipe("mxfp4", **_MXFP4),
+        Recipe("mxfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=Dynamic(32, E8M0), **_MXFP4),
+        Recipe("mxfp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(32, E8M0), **_MXFP4),
+        Recipe("nvfp4", **_NVFP4),
+        Recipe("nvfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=_TOKEN, **_NVFP4),
+        Recipe("nvfp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(16, E4M3), **_NVFP4),
+        Recipe("int4", **_INT4),
+        Recipe("int4-a8", activation_elements=(_INT8,), dynamic=_TOKEN, **_INT4),
+        Recipe("int4-a4", activation_elements=(E1M2,), dynamic=_TOKEN, **_INT4),
     )
 }
 

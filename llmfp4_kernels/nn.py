@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 
@@ -10,13 +11,26 @@ from torch import nn
 
 from . import layout, reference
 from .errors import BadInput, NoKernel
-from .formats import FP4_ELEMENTS, Recipe
+from .formats import Element, Recipe
+from .formats import element as element_named
 from .formats import recipe as recipe_named
 from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of
-from .packed import PackedFP4, codes_shape
+from .packed import PackedFP4, codes_shape, describe_dynamic
 
 _shuffling = threading.Lock()
-_BY_EXPONENT_BITS = {element.exponent_bits: element for element in FP4_ELEMENTS.values()}
+
+
+def element_byte(element: Element) -> int:
+    """An element as one byte: exponent bits, and the mantissa bits << 4 of those with 6 or 8 bits."""
+    return element.exponent_bits | (element.mantissa_bits << 4 if element.bits > 4 else 0)
+
+
+def element_of_byte(byte: int) -> Element:
+    """Inverse of `element_byte`; raises BadInput for a byte that names no element."""
+    exponent_bits, mantissa_bits = byte & 15, byte >> 4
+    if mantissa_bits == 0 and exponent_bits <= 3:
+        mantissa_bits = 3 - exponent_bits
+    return element_named(f"e{exponent_bits}m{mantissa_bits}")
 
 
 def _raw(*shape: int, device=None) -> nn.Parameter:
@@ -34,13 +48,14 @@ class FP4Module(nn.Module):
         group_scale  [n, ceil(k/G)]   raw E8M0 or E4M3, recipes with groups
         x_scale      [4]              float32 bytes, recipes with FP4 activations
         shift        [k]              recipes with the pre-shifted exponent bias
+        x_factor     [k, 4]           float32 bytes, recipes that smooth activations
     """
 
-    TENSORS = ("codes", "row_scale", "elements", "group_scale", "x_scale", "shift")
+    TENSORS = ("codes", "row_scale", "elements", "group_scale", "x_scale", "shift", "x_factor")
 
-    def _set_format(self, k, n, recipe, scale, group_size):
+    def _set_format(self, k, n, recipe, scale, group_size, dynamic):
         self.in_features, self.out_features = k, n
-        self.recipe, self.scale, self.group_size = recipe, scale, group_size
+        self.recipe, self.scale, self.group_size, self.dynamic = recipe, scale, group_size, dynamic
         self._spec: dict | None = None
         self._spec_of_meta = False
         self._current: CurrentMultiplier | None = None
@@ -50,25 +65,30 @@ class FP4Module(nn.Module):
         activation = recipe.activation_elements
         self.codes = _raw(*codes_shape(n, k, "row"), device=device)
         self.row_scale = _raw(n, 4, device=device)
-        bits = [recipe.weight_elements[0].exponent_bits, activation[0].exponent_bits if activation else 0]
-        self.elements = nn.Parameter(torch.tensor(bits, dtype=torch.uint8, device=device), requires_grad=False)
+        self.elements = self._elements(recipe.weight_elements[0], activation[0] if activation else None, device)
         self.group_scale = _raw(n, -(-k // recipe.group_size), device=device) if recipe.group_size else None
-        self.x_scale = (
-            nn.Parameter(as_bytes(torch.ones((), dtype=torch.float32, device=device)), False) if activation else None
-        )
+        ones = functools.partial(torch.ones, dtype=torch.float32, device=device)
+        static = activation and recipe.dynamic is None
+        self.x_scale = nn.Parameter(as_bytes(ones(())), requires_grad=False) if static else None
         self.shift = _raw(k, device=device) if recipe.preshift and activation else None
+        self.x_factor = nn.Parameter(as_bytes(ones(k)), requires_grad=False) if recipe.smoothing else None
+
+    @staticmethod
+    def _elements(element: Element, activation: Element | None, device) -> nn.Parameter:
+        codes = [element_byte(element), element_byte(activation) if activation else 0]
+        return nn.Parameter(torch.tensor(codes, dtype=torch.uint8, device=device), requires_grad=False)
 
     def _take(self, packed: PackedFP4):
         n, k = packed.shape
-        self._set_format(k, n, packed.recipe, packed.scale, packed.group_size)
-        bits = [packed.element.exponent_bits, packed.activation.exponent_bits if packed.activation else 0]
+        self._set_format(k, n, packed.recipe, packed.scale, packed.group_size, packed.dynamic)
         tensors = {
             "codes": packed.codes,
             "row_scale": as_bytes(packed.row_scale),
-            "elements": torch.tensor(bits, dtype=torch.uint8, device=packed.codes.device),
+            "elements": self._elements(packed.element, packed.activation, packed.codes.device),
             "group_scale": packed.group_scale,
             "x_scale": None if packed.x_scale is None else as_bytes(packed.x_scale),
             "shift": packed.shift,
+            "x_factor": None if packed.x_factor is None else as_bytes(packed.x_factor),
         }
         for name, tensor in tensors.items():
             setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
@@ -83,16 +103,16 @@ class FP4Module(nn.Module):
         """PackedFP4.spec of the weight; `elements` is read once."""
         if self._spec is None or self._spec_of_meta:
             # On meta nothing but shapes is known: any element stands for the one that a checkpoint will bring.
-            anything = [2, 0 if self.x_scale is None else 2]
-            weight_bits, activation_bits = anything if self.elements.is_meta else self.elements.tolist()
-            if weight_bits not in _BY_EXPONENT_BITS or activation_bits not in (0, *_BY_EXPONENT_BITS):
-                raise BadInput(
-                    f"elements {[weight_bits, activation_bits]} name no 4-bit format: expected 1..3, and 0..3"
-                )
+            anything = [2, 0 if self.x_scale is None and self.dynamic is None else 2]
+            weight, activation = anything if self.elements.is_meta else self.elements.tolist()
+            element = element_of_byte(weight)
+            if element.bits != 4:
+                raise BadInput(f"elements {[weight, activation]} name {element.name} weights: expected a 4-bit format")
             self._spec = {
                 "k": self.in_features,
-                "element": _BY_EXPONENT_BITS[weight_bits].name,
-                "activation": _BY_EXPONENT_BITS[activation_bits].name if activation_bits else None,
+                "element": element.name,
+                "activation": element_of_byte(activation).name if activation else None,
+                "dynamic": describe_dynamic(self.dynamic),
                 "scale": self.scale.name if self.scale else None,
                 "group_size": self.group_size,
                 "recipe": self.recipe,
@@ -105,10 +125,11 @@ class FP4Module(nn.Module):
         return self._spec
 
     def op_arguments(self) -> tuple:
-        """(codes, row_scale, group_scale, x_scale, shift, spec) as the custom ops take them."""
+        """(codes, row_scale, group_scale, x_scale, shift, x_factor, spec) as the custom ops take them."""
         self.spec()
         codes = self.codes
-        return codes, self.row_scale, self.group_scale, self.x_scale, self.shift, self._spec_text[codes.ndim]
+        scales = self.row_scale, self.group_scale, self.x_scale, self.shift, self.x_factor
+        return codes, *scales, self._spec_text[codes.ndim]
 
     def __getstate__(self):
         return self.__dict__ | {"_current": None}  # addresses mean nothing in a copy
@@ -156,7 +177,7 @@ class FP4Linear(FP4Module, nn.Linear):
         if dtype is not None and not dtype.is_floating_point:
             raise BadInput(f"dtype = {dtype} is no dtype of activations: expected a floating-point one")
         recipe = recipe_named(recipe)
-        self._set_format(in_features, out_features, recipe.name, recipe.group_scale, recipe.group_size)
+        self._set_format(in_features, out_features, recipe.name, recipe.group_scale, recipe.group_size, recipe.dynamic)
         self._fresh_tensors(recipe, device)
         self.bias = None
         if bias:

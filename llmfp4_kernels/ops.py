@@ -38,7 +38,7 @@ def _parse(spec: str) -> dict:
     return json.loads(spec)
 
 
-def packed_of(codes, row_scale, group_scale, x_scale, shift, spec: str) -> PackedFP4:
+def packed_of(codes, row_scale, group_scale, x_scale, shift, x_factor, spec: str) -> PackedFP4:
     """The PackedFP4 that the arguments of an op describe; checks shapes, dtypes and bytes."""
     tensors = {
         "codes": codes,
@@ -46,6 +46,7 @@ def packed_of(codes, row_scale, group_scale, x_scale, shift, spec: str) -> Packe
         "group_scale": group_scale,
         "x_scale": None if x_scale is None else from_bytes(x_scale),
         "shift": shift,
+        "x_factor": None if x_factor is None else from_bytes(x_factor),
     }
     return PackedFP4.from_spec(_parse(spec), {name: t for name, t in tensors.items() if t is not None})
 
@@ -101,7 +102,8 @@ class CurrentMultiplier:
     """A Multiplier and the tensors it was made from, to notice when one is replaced, moved or written to.
 
     Writes that hide from torch's version counter (through `.data`, or to inference tensors) are seen in codes,
-    row_scale and a float32 bias, which the CPU kernels read in place, and not in x_scale, shift and a 16-bit bias.
+    row_scale and a float32 bias, which the CPU kernels read in place, and not in x_scale, shift, x_factor and a 16-bit
+    bias.
     """
 
     def __init__(self, tensors: list[torch.Tensor | None], multiplier: Multiplier):
@@ -122,11 +124,11 @@ class CurrentMultiplier:
 _multipliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _multiplier(codes, row_scale, group_scale, x_scale, shift, bias, spec: str) -> Multiplier:
-    others = [row_scale, group_scale, x_scale, shift, bias]
+def _multiplier(codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec: str) -> Multiplier:
+    others = [row_scale, group_scale, x_scale, shift, x_factor, bias]
     known = _multipliers.get(codes)
     if known is None or known[:3] != (spec, codes._version, codes.data_ptr()) or not known[3].holds(others):
-        packed = packed_of(codes.detach(), row_scale, group_scale, x_scale, shift, spec)
+        packed = packed_of(codes.detach(), row_scale, group_scale, x_scale, shift, x_factor, spec)
         made = CurrentMultiplier(others, Multiplier(packed, bias))
         known = _multipliers[codes] = (spec, codes._version, codes.data_ptr(), made)
     return known[3].multiplier
@@ -140,15 +142,16 @@ def linear(
     group_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    x_factor: torch.Tensor | None,
     bias: torch.Tensor | None,
     spec: str,
 ) -> torch.Tensor:
     """Y [..., n] = X [..., k] times a packed weight (`spec` as PackedFP4.spec) plus bias [n]; dtype of X."""
-    return _multiplier(codes, row_scale, group_scale, x_scale, shift, bias, spec)(x)
+    return _multiplier(codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec)(x)
 
 
 @linear.register_fake
-def _(x, codes, row_scale, group_scale, x_scale, shift, bias, spec):
+def _(x, codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec):
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
 
 
@@ -160,32 +163,33 @@ def linear_dx(
     group_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    x_factor: torch.Tensor | None,
     spec: str,
 ) -> torch.Tensor:
     """dX [..., k] = dY [..., n] times the dequantized weight; the rounding of activations passes straight through."""
-    packed = to_layout(packed_of(codes, row_scale, group_scale, x_scale, shift, spec), "row")
+    packed = to_layout(packed_of(codes, row_scale, group_scale, x_scale, shift, x_factor, spec), "row")
     return grad @ dequantize(packed, grad.dtype)
 
 
 @linear_dx.register_fake
-def _(grad, codes, row_scale, group_scale, x_scale, shift, spec):
+def _(grad, codes, row_scale, group_scale, x_scale, shift, x_factor, spec):
     return grad.new_empty(*grad.shape[:-1], _parse(spec)["k"])
 
 
 def _keep(ctx, inputs, output):
     _, *tensors, spec = inputs
-    ctx.spec, ctx.has_bias = spec, len(tensors) == 6
-    ctx.save_for_backward(*tensors[:5])
+    ctx.spec = spec
+    ctx.save_for_backward(*tensors[:6])
 
 
 def _backward(ctx, grad):
     dx = torch.ops.llmfp4.linear_dx(grad.contiguous(), *ctx.saved_tensors, ctx.spec)
-    return dx, None, None, None, None, None, None, None
+    return dx, None, None, None, None, None, None, None, None
 
 
 def _double_backward(ctx, grad):
     dy = torch.ops.llmfp4.linear(grad.contiguous(), *ctx.saved_tensors, None, ctx.spec)
-    return dy, None, None, None, None, None, None
+    return dy, None, None, None, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_keep)

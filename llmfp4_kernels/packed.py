@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .errors import BadFile, BadInput
-from .formats import FP4_ELEMENTS, SCALES, Element, Scale
+from .formats import FP4_ELEMENTS, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
+from .formats import element as element_named
 
 FORMAT, VERSION = "llmfp4", 1
 
@@ -35,6 +36,23 @@ def codes_shape(n: int, k: int, layout: str) -> list[int]:
     return [n, (k + 1) // 2] if layout == "row" else [-(-n // 16), -(-k // 64) * 8, 64]
 
 
+def describe_dynamic(dynamic: Dynamic | None) -> dict | None:
+    """As JSON."""
+    if dynamic is None:
+        return None
+    return {"group_size": dynamic.group_size, "group_scale": dynamic.group_scale.name if dynamic.group_scale else None}
+
+
+def dynamic_of(described: dict | None) -> Dynamic | None:
+    """Inverse of `describe_dynamic`; raises BadInput for an unknown scale."""
+    if described is None:
+        return None
+    name = described.get("group_scale")
+    if name not in (None, *X_SCALES):
+        raise BadInput(f"unsupported activation group scale {name!r}: known are {', '.join(X_SCALES)}")
+    return Dynamic(int(described.get("group_size", 0)), X_SCALES.get(name))
+
+
 @dataclass
 class PackedFP4:
     """A weight [n, k] with 4 bits per value, and what the activations that meet it look like.
@@ -44,9 +62,12 @@ class PackedFP4:
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None
-    x_scale      float32 []             static activation scale, or None when activations stay in 16 bits
+    x_scale      float32 []             static activation scale; None with dynamic scales or 16-bit activations
+    x_factor     float32 [k]            what activations are multiplied by before anything else (ModelOpt's
+                                        pre_quant_scale), or None
 
-    Raises BadInput when shapes, dtypes or bytes contradict each other.
+    `activation` is the element of the activations (4, 6 or 8 bits; None: 16 or 32 bits), `dynamic` says how they get
+    scales at run time (None: x_scale). Raises BadInput when shapes, dtypes or bytes contradict each other.
     """
 
     codes: torch.Tensor
@@ -59,10 +80,12 @@ class PackedFP4:
     activation: Element | None = None
     x_scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    x_factor: torch.Tensor | None = None
+    dynamic: Dynamic | None = None
     recipe: str = ""
     layout: str = "row"
 
-    TENSORS = ("codes", "row_scale", "group_scale", "x_scale", "shift")
+    TENSORS = ("codes", "row_scale", "group_scale", "x_scale", "shift", "x_factor")
 
     def __post_init__(self):
         n, k = self.shape
@@ -79,8 +102,16 @@ class PackedFP4:
             bad = torch.tensor(self.scale.values).isnan()[self.group_scale.cpu().long()].sum().item()
             if bad:
                 raise BadInput(f"group_scale holds {bad} bytes that mean NaN in {self.scale.name}")
-        if (self.activation is None) != (self.x_scale is None):
-            raise BadInput("activation and x_scale belong together: both or none")
+        self._check_activation()
+
+    def _check_activation(self):
+        k = self.k
+        if (self.activation is None) != (self.x_scale is None and self.dynamic is None):
+            raise BadInput(
+                "an activation and its scales belong together: x_scale or dynamic with an element, or neither"
+            )
+        if self.dynamic is not None and (self.x_scale is not None or self.shift is not None):
+            raise BadInput("dynamic activation scales exclude a static x_scale and a shift")
         if self.x_scale is not None:
             self._check("x_scale", torch.float32, [])
             if not (self.x_scale.isfinite() and self.x_scale > 0):
@@ -90,6 +121,13 @@ class PackedFP4:
             limit = self.activation.max_shift if self.activation else 15
             if int(self.shift.max()) > limit:
                 raise BadInput(f"shift goes up to {int(self.shift.max())}, its limit here is {limit}")
+        if self.x_factor is not None:
+            if self.x_scale is not None:
+                raise BadInput("x_factor goes with dynamic or 16-bit activations, these have a static x_scale")
+            self._check("x_factor", torch.float32, [k])
+            bad = int((~(self.x_factor.isfinite() & (self.x_factor > 0))).sum())
+            if bad:
+                raise BadInput(f"x_factor holds {bad} values that are not positive and finite")
 
     def _check(self, name, dtype, shape):
         tensor = getattr(self, name)
@@ -104,6 +142,11 @@ class PackedFP4:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: t for name in self.TENSORS if (t := getattr(self, name)) is not None}
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product with this weight is a sum of integers, exact in int32: every integer kernel's terms."""
+        return is_integer_product(self.activation, self.scale, self.dynamic, self.shift is not None)
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +167,7 @@ class PackedFP4:
             "scale": self.scale.name if self.scale else None,
             "group_size": self.group_size,
             "activation": self.activation.name if self.activation else None,
+            "dynamic": describe_dynamic(self.dynamic),
             "recipe": self.recipe,
         }
 
@@ -131,12 +175,13 @@ class PackedFP4:
     def from_spec(spec: dict, tensors: dict[str, torch.Tensor]) -> PackedFP4:
         """Inverse of `spec` and `tensors`; raises BadInput for unknown names."""
         element, activation, scale = spec["element"], spec.get("activation"), spec.get("scale")
-        if element not in FP4_ELEMENTS or activation not in (None, *FP4_ELEMENTS) or scale not in (None, *SCALES):
-            raise BadInput(f"unsupported format: element {element!r}, activation {activation!r}, scale {scale!r}")
+        if element not in FP4_ELEMENTS or scale not in (None, *SCALES):
+            raise BadInput(f"unsupported format: element {element!r}, scale {scale!r}")
         return PackedFP4(
             k=int(spec["k"]),
             element=FP4_ELEMENTS[element],
-            activation=FP4_ELEMENTS.get(activation),
+            activation=element_named(activation) if activation else None,
+            dynamic=dynamic_of(spec.get("dynamic")),
             scale=SCALES.get(scale),
             group_size=int(spec.get("group_size", 0)),
             recipe=spec.get("recipe", ""),

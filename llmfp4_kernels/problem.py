@@ -8,8 +8,12 @@ from typing import Protocol
 
 import torch
 
-from .formats import Element, Scale
+from .formats import E2M1, Dynamic, Element, Recipe, Scale, is_integer_product
 from .packed import PackedFP4
+
+
+def _usual(elements: tuple[Element, ...]) -> Element | None:
+    return E2M1 if E2M1 in elements else next(iter(elements), None)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Problem:
     shift: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    dynamic: Dynamic | None = None
+    x_factor: bool = False
 
     @staticmethod
     def of(packed: PackedFP4, m: int, dtype: torch.dtype) -> Problem:
@@ -33,12 +39,28 @@ class Problem:
         n, k = packed.shape
         return Problem(
             m, n, k, packed.element, packed.activation, packed.scale, packed.group_size,
-            packed.shift is not None, dtype, packed.codes.device.type,
+            packed.shift is not None, dtype, packed.codes.device.type, packed.dynamic, packed.x_factor is not None,
+        )  # fmt: skip
+
+    @staticmethod
+    def of_recipe(
+        recipe: Recipe, m: int, n: int, k: int, element=None, activation=None, dtype=torch.float32, device="cpu"
+    ) -> Problem:
+        """The problem of m rows meeting a weight of a recipe; elements are E2M1 or else its first ones if not given."""
+        return Problem(
+            m, n, k, element or _usual(recipe.weight_elements), activation or _usual(recipe.activation_elements),
+            recipe.group_scale, recipe.group_size, recipe.preshift and bool(recipe.activation_elements), dtype, device,
+            recipe.dynamic, recipe.smoothing,
         )  # fmt: skip
 
     @property
+    def integer(self) -> bool:
+        """Whether the product is one sum of integers."""
+        return is_integer_product(self.activation, self.scale, self.dynamic, self.shift)
+
+    @property
     def scheme(self) -> str:
-        return "W4A4" if self.activation else "W4A16"
+        return f"W4A{self.activation.bits}" if self.activation else "W4A16"
 
 
 class Prepared(Protocol):

@@ -1,57 +1,35 @@
-"""The judge: encode, decode, quantize, dequantize and gemm in plain torch, short and slow.
+"""The judge: quantize, dequantize and gemm in plain torch, short and slow.
 
 Every fast kernel is compared with this file on the dequantized operands.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from .encode import (
+    E4M3_MAX,
+    decode,
+    decode_scale,
+    e4m3_scale,
+    e8m0_scale,
+    encode,
+    expand_groups,
+    group_largest,
+    require_finite,
+)
 from .errors import BadInput
-from .formats import Element, Scale
+from .formats import E4M3, E8M0, Element
 from .packed import PackedFP4, pack, unpack
 
+__all__ = ["decode", "decode_scale", "encode", "expand_groups", "require_finite"]  # for those who want one judge
 
-def require_finite(name: str, x: torch.Tensor) -> None:
-    """Raise BadInput with the counts if `x` holds NaN or Inf."""
-    if x.is_meta:
-        raise BadInput(f"{name} of shape {list(x.shape)} is on the meta device and has no values")
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise BadInput(f"{name} of shape {list(x.shape)} holds {bad} values that are NaN or Inf")
-
-
-def encode(x: torch.Tensor, element: Element) -> torch.Tensor:
-    """The code (uint8) of the element nearest to each x; x is in the element's own units.
-
-    Saturates beyond the largest element. Ties go to the even multiple of the local step (LLM-FP4 eq. 9): to the even
-    mantissa for M ≥ 1; for M = 0 upwards, and half the smallest element to 0. A negative x that rounds to zero
-    becomes -0; -0.0 itself becomes +0. Raises BadInput for NaN and Inf.
-    """
-    require_finite("x", x)
-    bias, m = element.bias, element.mantissa_bits
-    magnitude = x.abs().clamp(max=element.max)
-    exponent = torch.frexp(magnitude).exponent - 1  # floor(log2|x|); p below is the exponent field
-    p = torch.where(magnitude > 0, exponent + bias, 1).clamp(min=1)
-    steps = torch.round(torch.ldexp(magnitude, bias + m - p)).int()
-    # 2^M + f steps of exponent field p; a carry into the next binade is the next code.
-    code = ((p - 1) << m) + steps
-    return (code + (x < 0) * element.sign_code).to(torch.uint8)
-
-
-def decode(codes: torch.Tensor, element: Element, dtype=torch.float32) -> torch.Tensor:
-    """The value of each code, in the element's own units."""
-    return torch.tensor(element.values, dtype=dtype, device=codes.device)[codes.long()]
-
-
-def decode_scale(raw: torch.Tensor, scale: Scale, dtype=torch.float32) -> torch.Tensor:
-    """The value of each scale byte."""
-    return torch.tensor(scale.values, dtype=dtype, device=raw.device)[raw.long()]
-
-
-def expand_groups(per_group: torch.Tensor, group_size: int, k: int) -> torch.Tensor:
-    """[n, ceil(k/G)] → [n, k]; the last group may be partial."""
-    return per_group.repeat_interleave(group_size, dim=1)[:, :k]
+TOKEN_MIN = 2.0**-100
+"""Tokens whose largest input is below this get the scale of this: their reciprocal must be finite."""
+RESIDUAL = 64
+"""Steps per integer unit in which the error of an integer group is counted, so that every backend counts the same."""
 
 
 def quantize(w: torch.Tensor, element: Element, scale: torch.Tensor) -> torch.Tensor:
@@ -59,32 +37,113 @@ def quantize(w: torch.Tensor, element: Element, scale: torch.Tensor) -> torch.Te
     return pack(encode(torch.where(scale > 0, w / scale, 0.0), element))
 
 
-def dequantize(packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
-    """The weight [n, k] that the codes stand for: element · group_scale · row_scale, without the activation's shift."""
-    w = decode(unpack(packed.codes, packed.k), packed.element, torch.float64)
-    if packed.group_scale is not None:
-        groups = decode_scale(packed.group_scale, packed.scale, torch.float64)
-        w = w * expand_groups(groups, packed.group_size, packed.k)
-    return (w * packed.row_scale[:, None].double()).to(dtype)
+class XScales(NamedTuple):
+    """Scales of activations x [..., k]."""
+
+    x_scale: torch.Tensor
+    """float32 [] or, if dynamic, [..., 1]"""
+    group: torch.Tensor | None = None
+    """uint8 [..., ceil(k/G)], raw bytes of dynamic.group_scale"""
 
 
-def quantize_activation(x: torch.Tensor, packed: PackedFP4) -> torch.Tensor:
-    """Codes (uint8, one a byte) of x [..., k]: the element nearest to fp32(x) · (2^shift[k] · fp32(1/x_scale))."""
-    inverse = torch.reciprocal(packed.x_scale).expand(packed.k)
-    if packed.shift is not None:
-        inverse = torch.ldexp(inverse, packed.shift.int())
-    return encode(x.float() * inverse, packed.activation)
+def scaled_input(x: torch.Tensor, packed: PackedFP4) -> torch.Tensor:
+    """x [..., k] · x_factor, one rounding to fp32 (float64 stays float64)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if packed.x_factor is None else x * packed.x_factor
 
 
-def dequantize_activation(codes: torch.Tensor, packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
-    """The activation that codes [..., k] stand for: element · x_scale · 2^-shift[k]."""
-    x = decode(codes, packed.activation, torch.float64) * packed.x_scale.double()
+def activation_scales(x: torch.Tensor, packed: PackedFP4) -> XScales:
+    """The scales that meet x [..., k]: the static one, or those of its tokens and groups.
+
+    Per token, largest / element.max, with "integer" groups largest / (element.max · max_factor); with "e4m3" groups
+    largest / (element.max · 448), NVFP4's rule for the tensor; with "e8m0" groups 1 (OCP MX spec 1.0, rounded "even").
+    """
+    if packed.dynamic is None:
+        return XScales(packed.x_scale)
+    dynamic, element = packed.dynamic, packed.activation
+    u = scaled_input(x, packed).float()
+    reach = {"integer": element.max_factor, "e4m3": E4M3_MAX}
+    top = element.max * (reach.get(dynamic.group_scale.name, 1.0) if dynamic.group_scale else 1.0)
+    x_scale = u.abs().amax(-1, keepdim=True).clamp(min=TOKEN_MIN) / top
+    if dynamic.group_scale is None:
+        return XScales(x_scale)
+    flat = u.reshape(-1, u.shape[-1])
+    largest = group_largest(flat, dynamic.group_size).view(*u.shape[:-1], -1)
+    if dynamic.group_scale == E8M0:
+        return XScales(torch.ones_like(x_scale), e8m0_scale(largest, element))
+    if dynamic.group_scale == E4M3:
+        return XScales(x_scale, e4m3_scale(largest / element.max / x_scale))
+    return XScales(x_scale, _integer_groups(u * torch.reciprocal(x_scale), element, dynamic.group_size))
+
+
+def _integer_groups(v: torch.Tensor, element: Element, group_size: int) -> torch.Tensor:
+    """uint8 [..., groups]: the least integer that holds the group's largest value, or the one below if it errs less."""
+    v = torch.nn.functional.pad(v, (0, -v.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    holds = torch.ceil(v.abs().amax(-1) / element.max).clamp(1, element.max_factor)
+    below = (holds - 1).clamp(min=1)
+    exact = torch.round(v * (element.integer_scale * RESIDUAL))
+
+    def error(factor):
+        codes = encode(v * torch.reciprocal(factor)[..., None], element)
+        integer = decode(codes, element) * (element.integer_scale * RESIDUAL) * factor[..., None]
+        return (exact - integer).double().square().sum(-1)
+
+    return torch.where(error(below) < error(holds), below, holds).to(torch.uint8)
+
+
+def inverse_scale(packed: PackedFP4, scales: XScales) -> torch.Tensor:
+    """fp32, broadcastable to x: 2^shift / x_scale."""
+    inverse = torch.reciprocal(scales.x_scale)
+    return inverse if packed.shift is None else torch.ldexp(inverse.expand(packed.k), packed.shift.int())
+
+
+def group_factors(packed: PackedFP4, scales: XScales, dtype=torch.float32) -> torch.Tensor:
+    """The value of each channel's group scale [..., k]."""
+    values = decode_scale(scales.group, packed.dynamic.group_scale, dtype)
+    return values.repeat_interleave(packed.dynamic.group_size, -1)[..., : packed.k]
+
+
+def quantize_activation(x: torch.Tensor, packed: PackedFP4, scales: XScales | None = None) -> torch.Tensor:
+    """Codes (uint8, one a byte) of x [..., k]: the element nearest to u · (2^shift[k] · fp32(1/x_scale)).
+
+    u = fp32(x · x_factor). With groups that product, rounded, is multiplied by fp32(1 / group factor).
+    """
+    scales = scales or activation_scales(x, packed)
+    v = scaled_input(x, packed).float() * inverse_scale(packed, scales)
+    if scales.group is not None:
+        v = v * torch.reciprocal(group_factors(packed, scales))
+    return encode(v, packed.activation)
+
+
+def dequantize_activation(
+    codes: torch.Tensor, packed: PackedFP4, dtype=torch.float32, scales: XScales | None = None
+) -> torch.Tensor:
+    """What codes [..., k] stand for: element · x_scale · 2^-shift[k], or element · x_scale · group factor.
+
+    That is x · x_factor, rounded. Dynamic activations need the `scales` of their x.
+    """
+    if scales is None and packed.dynamic is not None:
+        raise BadInput("codes of a dynamic activation mean nothing without the scales of its tokens")
+    scales = scales or XScales(packed.x_scale)
+    x = decode(codes, packed.activation, torch.float64) * scales.x_scale.double()
+    if scales.group is not None:
+        x = x * group_factors(packed, scales, torch.float64)
     return (x if packed.shift is None else torch.ldexp(x, -packed.shift.int())).to(dtype)
 
 
-def integer_activation(codes: torch.Tensor, packed: PackedFP4) -> torch.Tensor:
-    """Codes [..., k] as integers (float64): element · integer_scale · 2^(max_shift - shift[k])."""
+def round_activation(x: torch.Tensor, packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
+    """x [..., k] · x_factor as the kernels see it, rounded to the activation's codes; itself for 16-bit activations."""
+    if packed.activation is None:
+        return scaled_input(x, packed).to(dtype)
+    scales = activation_scales(x, packed)
+    return dequantize_activation(quantize_activation(x, packed, scales), packed, dtype, scales)
+
+
+def integer_activation(codes: torch.Tensor, packed: PackedFP4, scales: XScales | None = None) -> torch.Tensor:
+    """Codes [..., k] as integers (float64): element · integer_scale, times 2^(max_shift - shift[k]) or the group's."""
     x = decode(codes, packed.activation, torch.float64) * packed.activation.integer_scale
+    if scales is not None and scales.group is not None:
+        return x * group_factors(packed, scales, torch.float64)
     return x if packed.shift is None else torch.ldexp(x, packed.activation.max_shift - packed.shift.int())
 
 
@@ -94,21 +153,46 @@ def integer_scale(packed: PackedFP4) -> float:
     return 1.0 / (packed.activation.integer_scale * packed.element.integer_scale * shifted)
 
 
-def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Y [m, n] float32 (W4A16 with float64 x: float64) = x [m, k] times the packed weight, plus bias [n].
+def stored_weight(packed: PackedFP4, dtype=torch.float64) -> torch.Tensor:
+    """element · group_scale · row_scale [n, k]: what meets activations that x_factor has multiplied."""
+    w = decode(unpack(packed.codes, packed.k), packed.element, torch.float64)
+    if packed.group_scale is not None:
+        groups = decode_scale(packed.group_scale, packed.scale, torch.float64)
+        w = w * expand_groups(groups, packed.group_size, packed.k)
+    return (w * packed.row_scale[:, None].double()).to(dtype)
 
-    W4A4 without group scales is exact up to one stated rounding order, which every integer kernel repeats bit by bit:
-    (fp32(integer sum) · x_scale·integer_scale) · row_scale + bias, each step rounded to fp32. A row of x with NaN
-    or Inf gives a row of NaN. Otherwise sums are float64, rounded once.
+
+def dequantize(packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
+    """The weight [n, k] that the codes stand for: element · group_scale · row_scale · x_factor, without the shift."""
+    w = stored_weight(packed)
+    return (w if packed.x_factor is None else w * packed.x_factor.double()).to(dtype)
+
+
+def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Y [m, n] float32 (float64 for float64 x, where the product is no integer one) = x [m, k] · weight + bias [n].
+
+    If packed.integer, the product is exact up to one stated rounding order, which every integer kernel repeats bit by
+    bit: (fp32(integer sum) · (x_scale · integer_scale)) · row_scale + bias, each step rounded to fp32. A row of x
+    with NaN or Inf gives a row of NaN. Otherwise sums are float64, rounded once.
     """
     if x.ndim != 2 or x.shape[1] != packed.k:
         raise BadInput(f"x of shape {list(x.shape)} does not match k = {packed.k}")
-    if packed.activation is None or packed.group_scale is not None:
-        y = x.double() @ dequantize(packed, torch.float64).T
-        y = y if bias is None else y + bias.double()
-        return y if x.dtype == torch.float64 else y.float()
+    if packed.activation is None:
+        return _float_product(scaled_input(x, packed), stored_weight(packed), x.dtype, bias)
     poisoned = ~x.isfinite().all(dim=1, keepdim=True)
-    xi = integer_activation(quantize_activation(x.masked_fill(poisoned, 0.0), packed), packed)
+    x = x.masked_fill(poisoned, 0.0)
+    scales = activation_scales(x, packed)
+    codes = quantize_activation(x, packed, scales)
+    if not packed.integer:
+        rounded = dequantize_activation(codes, packed, torch.float64, scales)
+        return _float_product(rounded, stored_weight(packed), x.dtype, bias).masked_fill(poisoned, float("nan"))
     wi = decode(unpack(packed.codes, packed.k), packed.element, torch.float64) * packed.element.integer_scale
-    y = (xi @ wi.T).float() * (packed.x_scale * integer_scale(packed)) * packed.row_scale
+    y = (integer_activation(codes, packed, scales) @ wi.T).float()
+    y = y * (scales.x_scale * integer_scale(packed)) * packed.row_scale
     return (y if bias is None else y + bias.float()).masked_fill(poisoned, float("nan"))
+
+
+def _float_product(x, weight, dtype, bias) -> torch.Tensor:
+    y = x.double() @ weight.T
+    y = y if bias is None else y + bias.double()
+    return y if dtype == torch.float64 else y.float()

@@ -60,3 +60,10 @@ def random_x(m, k, dtype=torch.float32, seed=1) -> torch.Tensor:
     x = torch.randn(m, k, generator=g)
     x[:, :: max(k // 3, 1)] *= 8
     return x.to(dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, NaN where NaN; -0 and +0 differ."""
+    view = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and torch.equal(a.view(view)[~nan], b.view(view)[~nan])

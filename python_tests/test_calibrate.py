@@ -136,3 +136,19 @@ def test_model_is_left_as_it_was():
 def test_refused_at_once(names, data, kwargs, says):
     with pytest.raises(BadInput, match=says):
         collect(model(), names, data, **kwargs)
+
+
+def test_a_forward_that_calls_a_layer_more_often_is_seen_to_its_end():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x, twice=False):
+            y = self.layer(x)
+            return self.layer(1000 * x) if twice else y
+
+    x = torch.ones(2, 4)
+    batches = [{"x": x}, {"x": x, "twice": True}, {"x": x, "twice": True}]
+    ((_, inputs),) = collect(Sometimes(), ["layer"], batches)
+    assert inputs.channel_max.max() == 1000 and inputs.tokens == 10

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "llmfp4_kernels"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"packed"},
+    {"packed", "encode"},
     {"reference", "native", "problem"},
     {"layout"},
     {"backends"},

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "parallel.h"
-#include "rows.h"
+#include "quantize.h"
 #include "workspace.h"
 
 namespace llmfp4::cpu::LLMFP4_ISA {
@@ -21,7 +21,7 @@ struct IntegerRows {
     int8_t* at;
     size_t ld;
     int32_t* sums;  // Σ_k of each row
-    bool* finite;   // of each x row
+    float* scale;   // of each x row: what one unit of its sums is worth; NaN for a row with NaN or Inf
     int m, planes;
 
     int rows() const { return m * planes; }
@@ -50,10 +50,11 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
     const int padded_k = int(w.at.padded_k());
     x.ld = spread_stride(padded_k);
     const size_t row_bytes = round_up(x.rows(), 16) * x.ld;  // whole AMX tiles may be read
-    char* memory = static_cast<char*>(workspace(slot_rows, row_bytes + 16 * x.ld + x.rows() * (sizeof(int32_t) + 1)));
+    const size_t numbers = x.rows() * sizeof(int32_t) + x.m * sizeof(float);
+    char* memory = static_cast<char*>(workspace(slot_rows, row_bytes + 16 * x.ld + numbers));
     x.at = reinterpret_cast<int8_t*>(memory);
     x.sums = reinterpret_cast<int32_t*>(memory + row_bytes + 16 * x.ld);
-    x.finite = reinterpret_cast<bool*>(x.sums + x.rows());
+    x.scale = reinterpret_cast<float*>(x.sums + x.rows());
     const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
     with_dtype(call.dtype, [&](auto type) {
         const auto* source = static_cast<const decltype(type)*>(call.x);
@@ -62,8 +63,14 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
                 int32_t sums[2];
                 int8_t *low = x.at + m * x.ld, *high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
                 const auto* row = source + m * call.ldx;
-                x.finite[m] = high ? quantize_row<2>(row, w.at.k, padded_k, a, low, high, sums)
-                                   : quantize_row<1>(row, w.at.k, padded_k, a, low, high, sums);
+                if (a.dynamic) {
+                    auto* values = static_cast<float*>(workspace(slot_panel, padded_k * sizeof(float)));
+                    x.scale[m] = quantize_dynamic_row(row, w.at.k, padded_k, a, values, low, sums) * a.unit;
+                } else {
+                    const bool finite = high ? quantize_row<2>(row, w.at.k, padded_k, a, low, high, sums)
+                                             : quantize_row<1>(row, w.at.k, padded_k, a, low, high, sums);
+                    x.scale[m] = finite ? a.x_scale * a.unit : __builtin_nanf("");
+                }
                 x.sums[m] = sums[0];
                 if (high) x.sums[x.m + m] = sums[1];
             }
@@ -82,9 +89,8 @@ inline void finish_rows(const Weights& w, const Activation& a, const Call& call,
             const int m = m0 + r;
             const int32_t* low = sums + r * ld;
             const bool split = x.planes == 2;
-            const float x_scale = x.finite[m] ? a.sum_scale : __builtin_nanf("");
             finish_integer_row(low, -offset * x.sums[m], split ? low + plane_stride : nullptr,
-                               split ? -offset * x.sums[x.m + m] : 0, x_scale, w.row_scale + n0,
+                               split ? -offset * x.sums[x.m + m] : 0, x.scale[m], w.row_scale + n0,
                                w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0,
                                count);
         }

@@ -23,13 +23,18 @@ struct Weights {
     int group_size, groups;
 };
 
-// Y[m,n] = (fp32(Σ_k xi[m,k] · wi[n,k]) · sum_scale) · row_scale[n] + bias[n], integers exact.
+constexpr int dynamic_group_limit = 256;
+
+// Y[m,n] = (fp32(Σ_k xi[m,k] · wi[n,k]) · x_scale[m] · unit) · row_scale[n] + bias[n], integers exact.
 struct Activation {
     Element element;
-    const float* inverse;         // [padded k]: 2^shift[k] / x_scale, 0 in the padding
+    const float* inverse;         // [padded k]: 2^shift[k] / x_scale, or x_factor of a dynamic one; 0 in the padding
     const float* integer_factor;  // [padded k]: 2^(plane-wise exponent of xi), see quantize.h
-    float sum_scale;              // worth of one unit of the integer sum
+    float unit;                   // worth of one unit of the integer sum, a power of two
+    float x_scale;                // of a static activation
     bool shifted;                 // whether xi carries 2^(max_shift - shift)
+    bool dynamic;                 // one x_scale per token, from its largest value
+    int group_size;               // of a dynamic one: groups carry an integer factor; 0: none
 };
 
 struct Call {

@@ -8,7 +8,7 @@ import torch
 
 from .. import native
 from ..errors import NoKernel
-from ..formats import Element
+from ..formats import INT8_MAX, Dynamic, Element
 from ..layout import shuffle_scales, to_layout
 from ..packed import PackedFP4
 from ..problem import Kernel, Problem
@@ -30,8 +30,9 @@ class Prepared:
         tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.contiguous()}
         if bias is not None:
             tensors["bias"] = bias.detach().float().contiguous()
-        if packed.shift is not None:
-            tensors["shift"] = packed.shift.contiguous()
+        for name in ("shift", "x_factor"):
+            if getattr(packed, name) is not None:
+                tensors[name] = getattr(packed, name).contiguous()
         if packed.group_scale is not None:
             tensors["group_scale"] = shuffle_scales(packed.group_scale, self.n, self.k)
         self.tensors = tensors
@@ -43,7 +44,9 @@ class Prepared:
             group_size=packed.group_size,
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
-        if packed.activation:
+        if packed.activation and packed.dynamic:
+            self._linear.quantize_dynamically(_fields(packed.activation), packed.dynamic.group_size)
+        elif packed.activation:
             self._linear.quantize_activations(_fields(packed.activation), packed.x_scale.item())
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
@@ -66,13 +69,16 @@ def _dtype(dtype: torch.dtype):
     return getattr(native.module().Dtype, str(dtype).removeprefix("torch."))
 
 
-def largest_k(element: Element, activation: Element, shift: bool) -> int:
+def largest_k(element: Element, activation: Element, shift: bool, dynamic: Dynamic | None = None) -> int:
     """Most inputs whose integer sum surely fits int32: floor((2^31 - 1) / (largest products)).
 
     Operands beyond int8 (E3M0 with a shift) are split into two int8 planes of at most 64.
     """
-    largest = int(activation.max * activation.integer_scale) << (activation.max_shift if shift else 0)
-    return (2**31 - 1) // (int(element.max * element.integer_scale) * (largest if largest <= 127 else 64))
+    if dynamic:
+        largest = dynamic.largest_integer(activation)
+    else:
+        largest = activation.max_integer << (activation.max_shift if shift else 0)
+    return (2**31 - 1) // (element.max_integer * (largest if largest <= INT8_MAX else 64))
 
 
 def _refusal(isa: str, problem: Problem) -> str | None:
@@ -88,11 +94,15 @@ def _refusal(isa: str, problem: Problem) -> str | None:
     if problem.group_size % 8:
         return f"group size {problem.group_size} is no multiple of 8"
     if problem.activation and problem.scale:
-        return f"W4A4 with {problem.scale.name} scales per {problem.group_size} has no integer sum over all of k"
+        return f"{problem.scheme} with {problem.scale.name} scales per {problem.group_size} is no sum of integers"
+    if problem.activation and not problem.integer:
+        return f"{problem.scheme} with {problem.activation.name} activations is no sum of int8 products"
     if problem.activation:
-        limit = largest_k(problem.element, problem.activation, problem.shift)
+        limit = largest_k(problem.element, problem.activation, problem.shift, problem.dynamic)
         if problem.k > limit:
             return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
+    elif problem.x_factor and isa == "amx" and problem.dtype != torch.float32:
+        return f"{problem.dtype} activations times x_factor are no {problem.dtype} numbers, which its tiles hold"
     from_m = row["w4a4_from_m" if problem.activation else "w4a16_from_m"]
     return f"m = {problem.m} is below {from_m}, where its tiles fill" if problem.m < from_m else None
 

@@ -11,13 +11,14 @@ from ..embedding import FP4Embedding
 from ..errors import BadFile
 from ..formats import E2M1, SCALES, Recipe
 from ..nn import FP4Linear, FP4Module
-from ..packed import open_safetensors
+from ..packed import describe_dynamic, dynamic_of, open_safetensors
 from ..quantizer.replace import replace_module
 
 
 def layer_entries(model: nn.Module) -> dict[str, dict]:
-    """{module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "activation", "shift", "scale",
-    "group_size", "shares": other name, "padding_idx"}}: which tensors a layer has, not only which recipe made them.
+    """{module name: {"kind": "linear" | "embedding", "recipe", "n", "k", "bias", "activation", "shift", "dynamic",
+    "x_factor", "scale", "group_size", "shares": other name, "padding_idx"}}: which tensors a layer has, not only which
+    recipe made them.
     """
     entries, owner = {}, {}
     modules = {name: m for name, m in model.named_modules() if isinstance(m, FP4Module)}
@@ -25,7 +26,8 @@ def layer_entries(model: nn.Module) -> dict[str, dict]:
     for name, module in sorted(modules.items(), key=lambda item: isinstance(item[1], FP4Embedding)):
         kind = "embedding" if isinstance(module, FP4Embedding) else "linear"
         entry = {"kind": kind, "recipe": module.recipe, "n": module.out_features, "k": module.in_features}
-        entry |= {"activation": module.x_scale is not None, "shift": module.shift is not None}
+        entry |= {"activation": module.spec()["activation"] is not None, "shift": module.shift is not None}
+        entry |= {"dynamic": describe_dynamic(module.dynamic), "x_factor": module.x_factor is not None}
         entry |= {"scale": module.scale.name if module.scale else None, "group_size": module.group_size}
         entry |= {"bias": module.bias is not None} if kind == "linear" else {"padding_idx": module.padding_idx}
         if id(module.codes) in owner:
@@ -40,7 +42,8 @@ def empty_layer(entry: dict, dtype: torch.dtype, device="meta") -> FP4Module:
     n, k, activation = entry["n"], entry["k"], (E2M1,) if entry["activation"] else ()
     scale = SCALES[entry["scale"]] if entry["scale"] else None
     recipe = Recipe(entry["recipe"], (E2M1,), activation, preshift=entry["shift"], group_size=entry["group_size"],
-                    group_scale=scale)  # fmt: skip
+                    group_scale=scale, dynamic=dynamic_of(entry.get("dynamic")),
+                    smoothing=entry.get("x_factor", False))  # fmt: skip
     if entry["kind"] == "embedding":
         table = FP4Embedding(n, k, device=device, dtype=dtype, recipe=recipe)
         table.padding_idx = entry.get("padding_idx")

@@ -7,10 +7,11 @@ from itertools import groupby
 
 import torch
 
+from ..encode import snap
 from ..formats import Element
 from .objective import Layer, TokenErrors, block_elements, probe_tokens
 from .preshift import Activation, channel_shift, exponent_bias
-from .scales import scale_of_largest, snap
+from .scales import scale_of_largest
 
 # (step in delta, probe tokens, candidates kept of each element). The step in phase is twice that. Probes rank, and all
 # tokens decide. Elements are kept apart while they are within MARGIN: those with more mantissa need a finer lattice.

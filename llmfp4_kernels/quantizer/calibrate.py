@@ -22,10 +22,12 @@ class LayerInputs:
     """float32 [k]: largest magnitude of each channel over all tokens"""
     tokens: int = 0
     """tokens seen"""
+    gram: torch.Tensor | None = field(default=None, repr=False)
+    """float64 [k, k]: the sum of x x' over all tokens, if asked for; each batch's product is an fp32 one"""
     keys: torch.Tensor | None = field(default=None, repr=False)
     """float64: the random number of each sampled token; the sample is the tokens with the smallest ones"""
 
-    def with_tokens(self, x: torch.Tensor, sample_tokens: int) -> LayerInputs:
+    def with_tokens(self, x: torch.Tensor, sample_tokens: int, with_gram: bool = False) -> LayerInputs:
         """Extended by the tokens x [t, k], float32. The numbers depend on the tokens' positions only."""
         generator = torch.Generator().manual_seed(self.tokens)
         keys = torch.rand(len(x), generator=generator, dtype=torch.float64)
@@ -38,7 +40,10 @@ class LayerInputs:
         kept = keys.topk(min(sample_tokens, len(keys)), largest=False).indices.sort().values
         old, new = kept[kept < len(old_x)], kept[kept >= len(old_x)] - len(old_x)
         sample = torch.cat([old_x[old.to(x.device)], x[new.to(x.device)]])
-        return LayerInputs(sample, channel_max, self.tokens + len(x), keys[kept])
+        gram = None
+        if with_gram:
+            gram = (x.T @ x).double() if self.gram is None else self.gram + x.T @ x
+        return LayerInputs(sample, channel_max, self.tokens + len(x), gram, keys[kept])
 
 
 _NOTHING = LayerInputs()
@@ -51,19 +56,21 @@ class _PassComplete(Exception):
 class _Recorder:
     """Pre-forward hooks of one pass. Layers fed by the same tensor object share one sample."""
 
-    def __init__(self, sample_tokens: int):
-        self.sample_tokens = sample_tokens
+    def __init__(self, sample_tokens: int, with_gram: bool):
+        self.sample_tokens, self.with_gram = sample_tokens, with_gram
         self.inputs: dict[str, LayerInputs] = {}
-        self.expected_calls: Counter | None = None
+        self.calls_by_kind: dict[object, Counter] = {}
         self.last = (None, None, None)
 
-    def start_batch(self) -> None:
+    def start_batch(self, batch) -> None:
         self.calls: Counter = Counter()
+        self.kind = _kind(batch)
+        self.expected_calls = self.calls_by_kind.get(self.kind)
 
     def end_batch(self) -> None:
-        """The first batch runs to its end and tells how often a forward calls each layer."""
+        """The first batch of a kind runs to its end and tells how often such a forward calls each layer."""
         if self.expected_calls is None and set(self.calls) == set(self.inputs):
-            self.expected_calls = self.calls
+            self.calls_by_kind[self.kind] = self.calls
         self.last = (None, None, None)
 
     def hook(self, name: str):
@@ -80,11 +87,18 @@ class _Recorder:
         if x is last_x and before is last_before:
             self.inputs[name] = last_after
         elif x.numel():
-            self.inputs[name] = before.with_tokens(_finite_tokens(name, x), self.sample_tokens)
+            self.inputs[name] = before.with_tokens(_finite_tokens(name, x), self.sample_tokens, self.with_gram)
         self.last = (x, before, self.inputs[name])
         self.calls[name] += 1
         if self.expected_calls and all(self.calls[n] >= count for n, count in self.expected_calls.items()):
             raise _PassComplete
+
+
+def _kind(batch) -> object:
+    """Batches with the same names of tensors and the same other arguments call each layer equally often."""
+    if not isinstance(batch, Mapping):
+        return None
+    return tuple((key, "tensor" if torch.is_tensor(v) else repr(v)) for key, v in sorted(batch.items()))
 
 
 def _finite_tokens(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -101,11 +115,14 @@ def _in_features(module: nn.Module) -> int:
     return getattr(module, "in_features", None) or module.weight.shape[0]
 
 
-def group_passes(modules: dict[str, nn.Module], sample_tokens: int, budget_bytes: int) -> list[list[str]]:
+def group_passes(
+    modules: dict[str, nn.Module], sample_tokens: int, budget_bytes: int, with_gram: bool = False
+) -> list[list[str]]:
     """Consecutive layers whose samples (float32, old and new while a batch is added) fit the budget; one at least."""
     passes, used = [], 0
     for name, module in modules.items():
-        need = 2 * 4 * sample_tokens * _in_features(module)
+        k = _in_features(module)
+        need = 2 * 4 * sample_tokens * k + (8 * k * k if with_gram else 0)
         if not passes or used + need > budget_bytes:
             passes.append([])
             used = 0
@@ -122,9 +139,11 @@ def _forward(model: nn.Module, batch) -> None:
         model(batch.to(device))
 
 
-def _run_pass(model: nn.Module, modules: dict[str, nn.Module], batches, sample_tokens: int) -> dict[str, LayerInputs]:
+def _run_pass(
+    model: nn.Module, modules: dict[str, nn.Module], batches, sample_tokens: int, with_gram: bool
+) -> dict[str, LayerInputs]:
     """The inputs of some layers over all batches. Leaves the model as it was, also after an exception."""
-    recorder = _Recorder(sample_tokens)
+    recorder = _Recorder(sample_tokens, with_gram)
     training = {module: module.training for module in model.modules()}
     handles = []
     try:
@@ -132,7 +151,7 @@ def _run_pass(model: nn.Module, modules: dict[str, nn.Module], batches, sample_t
         for name, module in modules.items():
             handles.append(module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True))
         for batch in batches:
-            recorder.start_batch()
+            recorder.start_batch(batch)
             try:
                 with torch.no_grad():
                     _forward(model, batch)
@@ -169,13 +188,15 @@ def collect(
     batches: Sequence[torch.Tensor | dict],
     *,
     sample_tokens: int = 2048,
+    with_gram: bool = False,
     budget_bytes: int = 2 << 30,
 ) -> Iterator[tuple[str, LayerInputs]]:
     """Yield (name, LayerInputs) for each named layer, in the order of `names`, from the model as it is.
 
     batches are token ids [b, t], any other tensor the model takes, or dicts of its forward's keyword arguments.
     Layers are run in passes whose samples fit `budget_bytes`, so give `names` in the model's order; a pass ends each
-    forward once its layers were called as often as in the first batch. The same calls give the same samples.
+    forward once its layers were called as often as in the first batch of its kind. The same calls give the same
+    samples. The Gram matrix (with_gram) is that of all tokens.
 
     Raises BadInput at once for unknown names and empty batches, and while iterating for NaN or Inf inputs.
     """
@@ -184,8 +205,8 @@ def collect(
     wanted = {name: modules[name] for name in names}
 
     def run() -> Iterator[tuple[str, LayerInputs]]:
-        for group in group_passes(wanted, sample_tokens, budget_bytes):
-            inputs = _run_pass(model, {name: wanted[name] for name in group}, batches, sample_tokens)
+        for group in group_passes(wanted, sample_tokens, budget_bytes, with_gram):
+            inputs = _run_pass(model, {name: wanted[name] for name in group}, batches, sample_tokens, with_gram)
             for name in group:
                 yield name, inputs.pop(name)
 

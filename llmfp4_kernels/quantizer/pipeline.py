@@ -22,6 +22,7 @@ from ..formats import recipe as recipe_named
 from ..nn import FP4Linear, FP4Module
 from ..packed import PackedFP4
 from .calibrate import LayerInputs, collect
+from .gptq import quantize_feedback, smoothing_factor
 from .plan import Plan, make_plan, weight_of
 from .replace import replace_module
 from .scales import quantize_weight, scale_of_largest
@@ -48,22 +49,37 @@ def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None
                 f"calibration of shape {list(inputs.x.shape)} does not match [tokens ≥ 1, k = {weight.shape[-1]}]"
             )
         reference.require_finite("calibration", inputs.x)
+        if inputs.channel_max is None:
+            inputs = dataclasses.replace(inputs, channel_max=inputs.x.abs().amax(0))
     if recipe.search:
         return search_linear(
             inputs.x,
             weight,
-            activation_bits=4 if recipe.activation_elements else 16,
+            activation_bits=recipe.activation_elements[0].bits if recipe.activation_elements else 16,
             preshift=recipe.preshift,
             channel_max=inputs.channel_max,
             weight_elements=recipe.weight_elements,
             activation_elements=recipe.activation_elements or None,
         ).packed(recipe.name)
-    packed = quantize_weight(weight, recipe)
+    if recipe.error_feedback:
+        x = inputs.x.float()
+        gram = x.T @ x if inputs.gram is None else inputs.gram
+        x_factor = smoothing_factor(inputs.channel_max) if recipe.smoothing else None
+        packed = quantize_feedback(weight, gram, recipe.weight_elements, x_factor, recipe.name)
+    else:
+        packed = quantize_weight(weight, recipe)
+    return _describe_activation(packed, recipe, inputs)
+
+
+def _describe_activation(packed: PackedFP4, recipe: Recipe, inputs: LayerInputs | None) -> PackedFP4:
+    """The weight with the recipe's dynamic activations, or static ones scaled by their largest magnitude."""
     if not recipe.activation_elements:
         return packed
-    largest = inputs.x.abs().amax() if inputs.channel_max is None else inputs.channel_max.amax()
     activation = recipe.activation_elements[0]
-    return dataclasses.replace(packed, activation=activation, x_scale=scale_of_largest(largest.float(), activation))
+    if recipe.dynamic is not None:
+        return dataclasses.replace(packed, activation=activation, dynamic=recipe.dynamic)
+    x_scale = scale_of_largest(inputs.channel_max.amax().float(), activation)
+    return dataclasses.replace(packed, activation=activation, x_scale=x_scale)
 
 
 @dataclass
@@ -102,13 +118,12 @@ def _check(model: nn.Module, plan: Plan, calibration) -> None:
 
 def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | None) -> float:
     """|Y_q - Y|² / |Y|² of the layer's output on x [tokens, k], or of the weight itself without x."""
-    quantized = reference.dequantize(packed)
     if x is None:
+        quantized = reference.dequantize(packed)
         return ((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
     y = x @ weight.T
-    if packed.activation:
-        x = reference.dequantize_activation(reference.quantize_activation(x, packed), packed)
-    return ((x @ quantized.T - y).square().sum() / y.square().sum().clamp_min(1e-30)).item()
+    y_q = reference.round_activation(x, packed) @ reference.stored_weight(packed, torch.float32).T
+    return ((y_q - y).square().sum() / y.square().sum().clamp_min(1e-30)).item()
 
 
 def _settings(calibration, sample_tokens: int) -> str:
@@ -227,4 +242,5 @@ def _inputs(model, names: list[str], plan: Plan, calibration, sample_tokens):
     calibrated = [name for name in names if _is_calibrated(model, name, plan.recipes[name])]
     yield from ((name, None) for name in names if name not in calibrated)
     if calibrated:
-        yield from collect(model, calibrated, calibration, sample_tokens=sample_tokens)
+        with_gram = any(plan.recipes[name].error_feedback for name in calibrated)
+        yield from collect(model, calibrated, calibration, sample_tokens=sample_tokens, with_gram=with_gram)

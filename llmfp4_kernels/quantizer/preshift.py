@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..encode import snap
 from ..errors import BadInput
 from ..formats import Element
-from .scales import snap
 
 SHIFT_RULES = ("phase", "paper", "release", "floor")
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..encode import snap
 from ..errors import BadInput
 from ..formats import Element, searched_elements
 from ..reference import require_finite
-from .scales import scale_of_largest, snap
+from .scales import scale_of_largest
 
 DELTAS = tuple(0.25 * i for i in range(-4, 15))
 """The additive grid of biases around that of the largest magnitude."""

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
+from ..encode import snap
 from ..formats import Element
 from .objective import Layer, RowErrors, block_elements
 from .preshift import Activation
-from .scales import row_slices, scale_of_largest, snap
+from .scales import row_slices, scale_of_largest
 
 DELTAS = tuple(i / 64 for i in range(-64, 65)) + tuple(1 + i / 8 for i in range(1, 9))
 """The additive grid. Fine, because a row's error is decided by a few weights: 1/64 against 1/4 refined to 1/16 gave
 0.79 to 0.96 of the error on real layers, the same on tokens that the search had not seen."""
-SHORTLIST, SHORTLIST_ALONE = 24, 6
-"""Candidates of a row that get an exact error: beside quantized activations, and without them. The proxy ranks by the
-weight's error alone: among 4 it finds the best but for 0.05 %; what suits the activation's error lies further down."""
+SHORTLIST, SHORTLIST_GAMMA, SHORTLIST_ALONE = 24, 12, 6
+"""Candidates of a row that get an exact error: beside quantized activations, the same of the gamma grid, and without
+them. The proxy ranks by the weight's error alone: among 4 it finds the best but for 0.05 %; what suits the activation's error lies further down."""
 SCOUT_ROWS, SCOUT_STRIDE = 128, 4
 """Every fourth point of a grid is looked at on this many rows, to drop formats and ends of the grid."""
-SCOUT_MARGIN, SCOUT_REACH = 1.2, 3.0
-"""A format with 1.2 times the error of the best one is dropped; a point with 3 times the best of every row is."""
+SCOUT_MARGIN, SCOUT_REACH = 1.2, 2.0
+"""A format with 1.2 times the error of the best one is dropped; a point with twice the best of every row is."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GramProxy:
     """
 
     def __init__(self, layer: Layer, rank: int = 32):
-        gram = layer.input_gram()
+        gram = layer.input_gram
         start = torch.randn(len(gram), min(rank, len(gram)), generator=torch.Generator().manual_seed(0))
         basis = start.to(gram.device)
         for _ in range(3):
@@ -85,7 +86,8 @@ class WeightSearch:
         for gammas in grids:
             points = {e: self.grid(e, gammas) for e in elements}
             if not layer.small or (gammas is None and layer.shared):
-                points = {e: self.shortlist(e, deltas) for e, deltas in self.scout(points).items()}
+                count = SHORTLIST if gammas is None else SHORTLIST_GAMMA
+                points = {e: self.shortlist(e, deltas, count) for e, deltas in self.scout(points).items()}
             for element, deltas in points.items():
                 self.candidates.setdefault(element, []).append(deltas)
 
@@ -128,9 +130,9 @@ class WeightSearch:
                 kept[e] = grids[e][max(0, first * SCOUT_STRIDE) : last * SCOUT_STRIDE + 1]
         return kept
 
-    def shortlist(self, element: Element, deltas: torch.Tensor) -> torch.Tensor:
-        """Each row's SHORTLIST best deltas by the proxy, [≤ SHORTLIST, n] float64."""
-        count, best = min(SHORTLIST, len(deltas)), []
+    def shortlist(self, element: Element, deltas: torch.Tensor, count: int) -> torch.Tensor:
+        """Each row's `count` best deltas by the proxy, best first, [≤ count, n] float64."""
+        count, best = min(count, len(deltas)), []
         for rows in row_slices(self.layer.weight, block_elements(deltas.device)):
             errors = self.proxy_errors(element, deltas, rows)
             best.append(deltas[:, rows].gather(0, errors.topk(count, dim=0, largest=False).indices))

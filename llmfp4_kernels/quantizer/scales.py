@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from ..encode import E4M3_MAX, decode_scale, e4m3_scale, e8m0_scale, expand_groups, group_largest
 from ..errors import BadInput
-from ..formats import E4M3, E8M0, Element, Recipe
+from ..formats import E8M0, Element, Recipe
 from ..packed import PackedFP4
-from ..reference import decode_scale, expand_groups, quantize
+from ..reference import quantize
 
 CHUNK_ELEMENTS = 1 << 22
 """Rows are quantized this many elements at a time, so that the fp32 temporaries stay below 0.2 GB."""
-
-E8M0_RULES = ("even", "floor", "rceil")
-_E4M3_MAX, _E4M3_MIN = max(v for v in E4M3.values if v == v), min(v for v in E4M3.values if v > 0)
 
 
 def scale_of_largest(largest: torch.Tensor, element: Element) -> torch.Tensor:
     """The scale that maps `largest` (≥ 0) onto the element's maximum; 1 where there is nothing but zeros."""
     scale = largest / element.max
     return torch.where(scale > 0, scale, 1.0)
-
-
-def snap(x: torch.Tensor, element: Element) -> torch.Tensor:
-    """The element nearest to each x (float32, in the element's units): decode(encode(x)), as float arithmetic.
-
-    Adding and subtracting 1.5·2^23 steps rounds to a multiple of the step, half to even, in two vector instructions;
-    the step is read off the exponent field. A search calls this hundreds of times per layer, so x is not checked.
-    """
-    x = x.clamp(-element.max, element.max)
-    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0 ** (1 - element.bias))
-    step *= 1.5 * 2.0 ** (23 - element.mantissa_bits)
-    return x.add_(step).sub_(step)
 
 
 def require_matrix(name: str, x: torch.Tensor) -> None:
@@ -51,37 +37,6 @@ def row_slices(x: torch.Tensor, elements: int = CHUNK_ELEMENTS) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def group_largest(w: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Largest magnitude of each group: [n, k] → [n, ceil(k/G)]; the last group may be partial."""
-    padded = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % group_size))
-    return padded.unflatten(1, (-1, group_size)).amax(2)
-
-
-def e8m0_scale(largest: torch.Tensor, element: Element, rule: str = "even") -> torch.Tensor:
-    """The E8M0 byte (uint8) of groups with these largest magnitudes (float32).
-
-    floor   2^(floor(log2 largest) - emax), the sample rule of OCP MX spec 1.0 section 6.3; clips mantissas above 1.5
-    even    one more where the largest magnitude's mantissa is ≥ 1.75, as compressed-tensors does; least error
-    rceil   the least power of two ≥ largest / element.max, as cuBLAS documents: never clips
-
-    A group of zeros gets 127 (scale 1).
-    """
-    if rule not in E8M0_RULES:
-        raise BadInput(f"unknown E8M0 rule {rule!r}: known are {', '.join(E8M0_RULES)}")
-    if rule == "rceil":
-        byte = (largest / element.max).view(torch.int32) + 0x7FFFFF >> 23
-    else:
-        carry = 1 << 21 if rule == "even" else 0
-        emax = element.max_shift - element.bias
-        byte = (largest.view(torch.int32) + carry >> 23) - emax
-    return torch.where(largest > 0, byte.clamp(0, 254), 127).to(torch.uint8)
-
-
-def e4m3_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The E4M3 byte (uint8) nearest to a positive scale, held inside 2^-9..448 so that no group is lost."""
-    return scale.clamp(_E4M3_MIN, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
 def _row_scale(largest: torch.Tensor, tensor_largest: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """[n] float32. With E4M3 groups the largest group gets 448, the top of their range (NVFP4: of the whole tensor)."""
     element = recipe.weight_elements[0]
@@ -90,7 +45,7 @@ def _row_scale(largest: torch.Tensor, tensor_largest: torch.Tensor, recipe: Reci
     if recipe.group_scale == E8M0:
         return torch.ones_like(largest)
     reach = tensor_largest.expand_as(largest) if recipe.tensor_scale else largest
-    return scale_of_largest(reach / _E4M3_MAX, element)
+    return scale_of_largest(reach / E4M3_MAX, element)
 
 
 def _quantize_rows(w: torch.Tensor, tensor_largest: torch.Tensor, recipe: Recipe, rule: str):
