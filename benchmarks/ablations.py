@@ -155,7 +155,9 @@ def run(ablation: Ablation, variants: list[Variant], result: ResultFile, whole: 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=14, help="how many layers, spread over depth and kinds")
+    parser.add_argument(
+        "--layers", type=int, default=14, help="how many layers, at even distances; 7 and 14 hold all kinds"
+    )
     parser.add_argument("--perplexity", action="store_true", help="search the whole model for some variants (hours)")
     parser.add_argument("--build", type=Path, default=subjects.BUILD, help="downloads")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/ablations.json; --quick: in build/quick")

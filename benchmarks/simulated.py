@@ -26,21 +26,14 @@ class Simulated(nn.Module):
         self.layer, self.packed, self.worst = layer, layer.packed(), 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = rounded_input(x.flatten(0, -2), self.packed)
-        weight = reference.dequantize(self.packed, torch.float64)
+        rounded = reference.round_activation(x.flatten(0, -2), self.packed, torch.float64)
+        weight = reference.stored_weight(self.packed)
         bias = torch.zeros(len(weight)) if self.layer.bias is None else self.layer.bias.detach()
         y = torch.addmm(bias.double(), rounded, weight.T)
         size = torch.addmm(bias.abs().float(), rounded.abs().float(), weight.abs().float().T)
         difference = (self.layer(x).flatten(0, -2).double() - y).abs_()
         self.worst = max(self.worst, difference.div_(size.clamp_min_(1e-30)).max().item() / UNIT)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-
-def rounded_input(x: torch.Tensor, packed) -> torch.Tensor:
-    """float64: x [m, k] on the grid of the layer's activations; x itself where they stay in 16 or 32 bits."""
-    if packed.activation is None:
-        return x.double()
-    return reference.dequantize_activation(reference.quantize_activation(x, packed), packed, torch.float64)
 
 
 class Judged(nn.Module):
