@@ -72,40 +72,43 @@ inline bool quantize_row(const T* __restrict x, int k, int padded_k, const Activ
     return special == 0;
 }
 
-// v [count] in units of the token → element · factor as integers; returns Σ of squared errors in 1/64 of an integer
-// unit. Those are integers themselves, so no order of summation changes which factor wins.
+// v [count] in units of the token → element · factor as integers (floats still); returns Σ of squared errors in 1/64 of
+// an integer unit. Those are integers themselves, so no order of summation changes which factor wins. Loops of a fixed
+// width are kept as loops: unrolled, or with bytes among their numbers, they fill a quarter of a vector.
 template <int width>
 inline int32_t quantize_group(const float* __restrict v, int count, float factor, const Rounder& round,
-                              float integer_scale, int8_t* __restrict out) {
-    const float inverse = 1.0f / factor, residual = integer_scale * 64;
+                              float integer_scale, float* __restrict out) {
+    const float inverse = 1.0f / factor, residual = integer_scale * 64, scale = integer_scale * factor;
     int32_t error = 0;
+#pragma GCC unroll 1
     for (int i = 0; i < (width ? width : count); ++i) {
-        const float integer = round(v[i] * inverse) * integer_scale * factor;
+        const float integer = round(v[i] * inverse) * scale;
         const int32_t e = int32_t(__builtin_rintf(v[i] * residual)) - int32_t(integer) * 64;
         error += e * e;
-        out[i] = int8_t(int32_t(integer));
+        out[i] = integer;
     }
     return error;
 }
 
-// One group with the least factor that holds its largest value, or with the one below if that errs less.
+// One group, in place, with the least factor that holds its largest value, or with the one below if that errs less.
 template <int width>
-inline void quantize_best(const float* __restrict v, int count, const Element& e, const Rounder& round,
-                          int8_t* __restrict out) {
-    float largest = 0;
-    for (int i = 0; i < (width ? width : count); ++i)
-        largest = largest > __builtin_fabsf(v[i]) ? largest : __builtin_fabsf(v[i]);
-    const float most = float(int8_max / e.max_integer()), needed = __builtin_ceilf(largest / round.top);
-    const float holds = needed < 1 ? 1 : needed > most ? most : needed;
-    const int32_t error = quantize_group<width>(v, count, holds, round, float(e.integer_scale()), out);
-    if (holds == 1 || error == 0) return;
-    alignas(64) int8_t other[dynamic_group_limit];
-    if (quantize_group<width>(v, count, holds - 1, round, float(e.integer_scale()), other) < error)
-        __builtin_memcpy(out, other, width ? width : count);
+inline void quantize_best(float* __restrict v, int count, const Element& e, const Rounder& round) {
+    uint32_t bits = 0;
+#pragma GCC unroll 1
+    for (int i = 0; i < (width ? width : count); ++i) {
+        const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
+        bits = bits > magnitude ? bits : magnitude;
+    }
+    const float most = float(int8_max / e.max_integer()), needed = __builtin_ceilf(float_from_bits(bits) / round.top);
+    const float holds = needed < 1 ? 1 : needed > most ? most : needed, below = holds > 1 ? holds - 1 : 1;
+    alignas(64) float with[2][dynamic_group_limit];
+    const int32_t error = quantize_group<width>(v, count, holds, round, float(e.integer_scale()), with[0]);
+    const bool better = quantize_group<width>(v, count, below, round, float(e.integer_scale()), with[1]) < error;
+    __builtin_memcpy(v, with[better], (width ? width : count) * sizeof(float));
 }
 
 // x [k] → integers in units of the token's own scale, which is returned; NaN if the row holds NaN or Inf. `v` is memory
-// for padded_k floats. The group's integers follow the rounding one by one, as few as they are.
+// for padded_k floats.
 template <class T>
 inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, const Activation& a, float* __restrict v,
                                   int8_t* __restrict out, int32_t* sum) {
@@ -133,11 +136,11 @@ inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, co
         for (int i = 0; i < k; i += a.group_size) {
             const int count = k - i < a.group_size ? k - i : a.group_size;
             if (count == 16)
-                quantize_best<16>(v + i, 16, a.element, round, out + i);
+                quantize_best<16>(v + i, 16, a.element, round);
             else
-                quantize_best<0>(v + i, count, a.element, round, out + i);
+                quantize_best<0>(v + i, count, a.element, round);
         }
-        for (int i = k; i < padded_k; ++i) out[i] = 0;
+        for (int i = 0; i < padded_k; ++i) out[i] = int8_t(int32_t(v[i]));
     }
     int32_t total = 0;
     for (int i = 0; i < padded_k; ++i) total += out[i];
