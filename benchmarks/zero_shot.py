@@ -25,7 +25,7 @@ from tables import FULL, zero_shot_table
 from llmfp4_kernels.errors import BadInput, LLMFP4Error
 from llmfp4_kernels.formats import recipe as recipe_named
 
-RECIPES = ("llm-fp4", "llm-fp4-a8")
+RECIPES = ("llm-fp4", "llm-fp4-a8", "gptq-fp4-a4")
 SECTION = "zero_shot"
 REQUIREMENTS = "benchmarks/requirements-zero-shot.txt"
 
