@@ -15,11 +15,11 @@ from .scales import scale_of_largest
 
 # (step in delta, probe tokens, candidates kept of each element). The step in phase is twice that. Probes rank, and all
 # tokens decide. Elements are kept apart while they are within MARGIN: those with more mantissa need a finer lattice.
-SCHEDULE = ((0.25, 256, 6), (0.125, 256, 4), (0.0625, 512, 4), (0.03125, 512, 4))
+SCHEDULE = ((0.25, 128, 6), (0.125, 256, 4), (0.0625, 512, 4), (0.03125, 512, 4))
 REFINEMENT = SCHEDULE[2:]
 MARGIN = 1.3
 DELTAS = tuple(0.25 * i for i in range(-4, 15))
-FACTORS_PROBE, FACTORS_KEPT = 128, 32
+FACTORS_PROBE, FACTORS_KEPT = 128, 12
 """Points of the gamma grid are ranked once, beside the full-precision weight, on so many tokens; so many of each
 element are looked at in every round."""
 FACTORS_MARGIN = 2.0
@@ -98,11 +98,8 @@ class ActivationSearch:
 
     def each(self, weight_q: torch.Tensor) -> dict[Element, Activation]:
         """Each element's best point of the gamma grid beside `weight_q`, the best of all first."""
-        error, points = TokenErrors(self.layer, weight_q), self.points
-        if not self.layer.small:
-            points = self.keep(self.rank(points, error, self.probes[256]), 8)
         best: dict[Element, Activation] = {}
-        for _, candidate in self.rank(points, error, self.everything):
+        for _, candidate in self.rank(self.points, TokenErrors(self.layer, weight_q), self.everything):
             best.setdefault(candidate.element, candidate)
         return best
 

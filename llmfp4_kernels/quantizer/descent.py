@@ -68,10 +68,10 @@ class Descents:
         element = _start(self.weight_elements)
         w, a = Weight(element, weights.row_scale(element, 0.0)), search.at(_start(self.activation_elements), 0.0, 0.5)
         for _ in range(self.rounds):
-            w_before, a_before = w, a
+            element, a_before = w.element, a
             w, a = one_round(probe, weights, search, w, a)
-            if a.same_as(a_before) and w.same_as(w_before):
-                break
+            if a.same_as(a_before) and w.element == element:
+                break  # the next weight would be this one: it follows from them
         return self.pair(probe, w, a)
 
     def paper_round(self, probe, weights, search, w, a):
@@ -102,26 +102,32 @@ class Descents:
                 break
         return a
 
-    def starts(self, grid: str, rule: str | None) -> list[Activation]:
-        probe = self.layer.probe()
-        weights = self.weights(probe, GAMMAS)
-        if grid == "gamma":
-            return [self.paper(probe, weights, rule)]
-        more_bits = max(e.bits for e in self.weight_elements + self.activation_elements) > 4
-        rules = [rule] if rule != "phase" else ["paper", "release"] if more_bits else ["paper"]
-        return unique([self.paper(probe, weights, r) for r in rules] + [self.additive(probe, rule)])
+    def papers(self, probe: Layer, whole: WeightSearch, rules) -> list[Pair]:
+        """LLM-FP4's result for each rule of the shift."""
+        weights = whole if probe is self.layer else self.weights(probe, GAMMAS)
+        found = unique([self.paper(probe, weights, rule) for rule in rules])
+        return [self.pair(self.layer, whole(a), a) for a in found]
 
     def best(self, grid: str, rule: str | None) -> Pair:
-        """The best pair found. The additive grid's candidates hold all of the gamma grid's: never worse than it."""
+        """The best pair found. On the additive grid never worse than on the gamma grid, whose result is one start."""
         layer = self.layer
-        weights = self.weights(layer, *([GAMMAS] if grid == "gamma" else [GAMMAS, None]))
         if self.activation_elements is None:
+            weights = self.weights(layer, *([GAMMAS] if grid == "gamma" else [GAMMAS, None]))
             return self.pair(layer, weights(None), None)
-        pairs = [self.pair(layer, weights(a), a) for a in self.starts(grid, rule)]
+        probe, weights = layer.probe(), self.weights(layer, GAMMAS)
+        if grid == "gamma":
+            return self.papers(probe, weights, [rule])[0]
+        more_bits = max(e.bits for e in self.weight_elements + self.activation_elements) > 4
+        rules = [rule] if rule != "phase" else ["paper", "release"] if more_bits else ["paper"]
+        pairs = self.papers(probe, weights, rules)
+        weights.add_grid(None)
         best = min(pairs, key=lambda pair: pair.value)
-        return best if grid == "gamma" else self.refined(best, weights, self.activations(layer, rule, None))
+        starts = unique([best.activation, self.additive(probe, rule)])
+        best = min([best, *(self.pair(layer, weights(a), a) for a in starts)], key=lambda pair: pair.value)
+        return self.refined(best, weights, self.activations(layer, rule, None))
 
     def refined(self, best: Pair, weights: WeightSearch, search: ActivationSearch) -> Pair:
+        """From the best pair on, the activation around what it was and the weight beside it, while that gains."""
         for _ in range(self.rounds):
             a = search(best.weight.dequantize(self.layer.weight), best.activation)
             if a.same_as(best.activation):

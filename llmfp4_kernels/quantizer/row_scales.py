@@ -16,13 +16,15 @@ from .scales import row_slices, scale_of_largest
 DELTAS = tuple(i / 64 for i in range(-64, 65)) + tuple(1 + i / 8 for i in range(1, 9))
 """The additive grid. Fine, because a row's error is decided by a few weights: 1/64 against 1/4 refined to 1/16 gave
 0.79 to 0.96 of the error on real layers, the same on tokens that the search had not seen."""
-SHORTLIST, SHORTLIST_GAMMA, SHORTLIST_ALONE = 24, 12, 6
-"""Candidates of a row that get an exact error: beside quantized activations, the same of the gamma grid, and without
-them. The proxy ranks by the weight's error alone: among 4 it finds the best but for 0.05 %; what suits the activation's error lies further down."""
+SHORTLIST, SHORTLIST_ALONE, EXACT = 24, 6, 8
+"""Points of a grid that are looked at in each row: beside quantized activations, and without them. The proxy ranks by
+the weight's error alone: among 4 it finds the best but for 0.05 %; what suits the activation's error lies further
+down. There the proxy, with the exact slope that the activation's error adds, chooses the points with an exact error."""
 SCOUT_ROWS, SCOUT_STRIDE = 128, 4
 """Every fourth point of a grid is looked at on this many rows, to drop formats and ends of the grid."""
-SCOUT_MARGIN, SCOUT_REACH = 1.2, 2.0
-"""A format with 1.2 times the error of the best one is dropped; a point with twice the best of every row is."""
+SCOUT_MARGIN, SCOUT_REACH, SCOUT_SHARE = 1.2, 2.0, 0.02
+"""A format with 1.2 times the error of the best one is dropped; so are the ends of its grid where the error is twice
+the best in all but 2 % of the rows."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,6 @@ class Weight:
     def dequantize(self, weight: torch.Tensor) -> torch.Tensor:
         scale = self.row_scale[:, None]
         return snap(weight / scale, self.element).mul_(scale)
-
-    def same_as(self, other: Weight) -> bool:
-        return self.element == other.element and torch.equal(self.row_scale, other.row_scale)
 
 
 class GramProxy:
@@ -82,14 +81,16 @@ class WeightSearch:
         self.layer, self.unit_exponent = layer, unit_exponent
         self.largest = layer.weight.abs().amax(1).double()
         self.proxy = GramProxy(layer)
-        self.candidates: dict[Element, list[torch.Tensor]] = {}
+        self.elements, self.candidates = elements, {}
         for gammas in grids:
-            points = {e: self.grid(e, gammas) for e in elements}
-            if not layer.small or (gammas is None and layer.shared):
-                count = SHORTLIST if gammas is None else SHORTLIST_GAMMA
-                points = {e: self.shortlist(e, deltas, count) for e, deltas in self.scout(points).items()}
-            for element, deltas in points.items():
-                self.candidates.setdefault(element, []).append(deltas)
+            self.add_grid(gammas)
+
+    def add_grid(self, gammas) -> None:
+        points = {e: self.grid(e, gammas) for e in self.elements}
+        if not self.layer.small or (gammas is None and self.layer.shared):
+            points = {e: self.shortlist(e, deltas) for e, deltas in self.scout(points).items()}
+        for element, deltas in points.items():
+            self.candidates.setdefault(element, []).append(deltas)
 
     def row_scale(self, element: Element, delta: torch.Tensor | float, rows=slice(None)) -> torch.Tensor:
         """float32 [rows] of biases `delta` above the one that just holds the row's largest weight."""
@@ -125,42 +126,50 @@ class WeightSearch:
         limit, kept = min(totals.values()) * SCOUT_MARGIN, {}
         for e, found in errors.items():
             if totals[e] <= limit:
-                near = (found <= found.amin(0) * SCOUT_REACH).any(1).nonzero()
+                near = ((found <= found.amin(0) * SCOUT_REACH).double().mean(1) > SCOUT_SHARE).nonzero()
                 first, last = int(near.min()) - 1, int(near.max()) + 1
                 kept[e] = grids[e][max(0, first * SCOUT_STRIDE) : last * SCOUT_STRIDE + 1]
         return kept
 
-    def shortlist(self, element: Element, deltas: torch.Tensor, count: int) -> torch.Tensor:
-        """Each row's `count` best deltas by the proxy, best first, [≤ count, n] float64."""
-        count, best = min(count, len(deltas)), []
+    def shortlist(self, element: Element, deltas: torch.Tensor) -> torch.Tensor:
+        """Each row's SHORTLIST best deltas by the proxy, best first, [≤ SHORTLIST, n] float64."""
+        count, best = min(SHORTLIST, len(deltas)), []
         for rows in row_slices(self.layer.weight, block_elements(deltas.device)):
             errors = self.proxy_errors(element, deltas, rows)
             best.append(deltas[:, rows].gather(0, errors.topk(count, dim=0, largest=False).indices))
         return torch.cat(best, 1)
 
-    def search_rows(self, element: Element, rows: slice, error_of, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(error less a constant, delta) [rows] of the best candidate of each row; the first of equals wins."""
-        w = self.layer.weight[rows]
-        best = torch.full_like(w[:, 0], math.inf), torch.zeros_like(self.largest[rows])
-        for deltas in self.candidates[element]:
-            for block in self.blocks(deltas[:count, rows], w):
-                scale = self.row_scale(element, block, rows)[:, :, None]
-                errors = error_of(snap(w / scale, element).mul_(scale).sub_(w))
-                error, index = errors.nan_to_num_(nan=math.inf, posinf=math.inf).min(0)
-                better = error < best[0]
-                delta = block.gather(0, index[None])[0]
-                best = torch.where(better, error, best[0]), torch.where(better, delta, best[1])
-        return best
+    def deltas(self, element: Element, rows: slice, activation: Activation | None) -> torch.Tensor:
+        """The points [points, rows] that get an exact error."""
+        parts = [deltas[:, rows] for deltas in self.candidates[element]]
+        if activation is None and not self.layer.small and self.layer.shared:
+            parts = [deltas[:SHORTLIST_ALONE] for deltas in parts]
+        return torch.cat(parts)
+
+    def errors(self, element: Element, deltas: torch.Tensor, rows: slice, error_of) -> torch.Tensor:
+        """error_of(wq - w) for deltas [points, rows]: [points, rows]."""
+        w, errors = self.layer.weight[rows], []
+        for block in self.blocks(deltas, w):
+            scale = self.row_scale(element, block, rows)[:, :, None]
+            errors.append(error_of(snap(w / scale, element).mul_(scale).sub_(w)))
+        return torch.cat(errors).nan_to_num_(nan=math.inf, posinf=math.inf)
+
+    def search_rows(self, element: Element, deltas: torch.Tensor, rows: slice, exact, slope):
+        """(error less a constant, delta) [rows] of the best of deltas [points, rows] for each row."""
+        if slope is not None and not self.layer.small and len(deltas) > EXACT:
+            guesses = self.errors(element, deltas, rows, lambda e: (e * slope).sum(-1).add_(self.proxy(e, rows)))
+            deltas = deltas.gather(0, guesses.topk(EXACT, dim=0, largest=False).indices)
+        error, index = self.errors(element, deltas, rows, exact).min(0)
+        return error, deltas.gather(0, index[None])[0]
 
     def each(self, activation: Activation | None) -> dict[Element, tuple[float, Weight]]:
         """(error less a constant, weight) of each element's best row scales beside the inputs as quantized."""
-        errors_of = RowErrors(self.layer, activation)
-        count = None if activation or self.layer.small or not self.layer.shared else SHORTLIST_ALONE
-        found = {element: [] for element in self.candidates}
+        errors_of, found = RowErrors(self.layer, activation), {element: [] for element in self.candidates}
         for rows in row_slices(self.layer.weight):
-            error_of = errors_of.of(rows)
+            exact, slope = errors_of.of(rows), errors_of.slope(rows)
             for element, parts in found.items():
-                parts.append(self.search_rows(element, rows, error_of, count))
+                deltas = self.deltas(element, rows, activation)
+                parts.append(self.search_rows(element, deltas, rows, exact, slope))
         best = {}
         for element, parts in found.items():
             errors, deltas = (torch.cat(part) for part in zip(*parts))
