@@ -27,7 +27,7 @@ from llmfp4_kernels.evaluate_embeddings import embedding_agreement, sentence_emb
 from llmfp4_kernels.formats import RECIPES
 from llmfp4_kernels.formats import recipe as recipe_named
 
-CHECKED_TOKENS, CHECKED_SENTENCES = 1024, 64
+CHECKED_TOKENS, CHECKED_SENTENCES = 512, 64
 RESULTS = machine.ROOT / "benchmarks" / "results" / "accuracy.json"
 
 
