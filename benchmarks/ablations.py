@@ -59,6 +59,14 @@ VARIANTS = (
     Variant("shift rule", "floor", {"shift_rule": "floor"}, perplexity=True),
     Variant("grid", "gamma", {"grid": "gamma"}),
     Variant("grid", "gamma, paper's shift rule", {"grid": "gamma", "shift_rule": "paper"}, perplexity=True),
+    *(
+        Variant(
+            "gamma range",
+            f"{low}..{high}, paper's shift rule",
+            {"grid": "gamma", "shift_rule": "paper", "gamma_range": (low, high)},
+        )
+        for low, high in ((0.1, 1.2), (0.5, 1.5))
+    ),
     Variant("rounds", "1", {"rounds": 1}),
 )
 

@@ -333,3 +333,13 @@ X, W = layer(tokens=8)
 def test_refused(x, w, kwargs, says):
     with pytest.raises(BadInput, match=says):
         search_linear(x, w, **kwargs)
+
+
+def test_gamma_range():
+    x, weight = torch.randn(64, 24), torch.randn(20, 24)
+    one_point = search_linear(x, weight, activation_bits=16, grid="gamma", gamma_range=(1.0, 1.0 + 1e-9))
+    element = one_point.weight_element
+    torch.testing.assert_close(one_point.row_scale, weight.abs().amax(1) / element.max)  # gamma = 1 is min-max
+    for bad in [(1.2, 0.1), (0.0, float("nan"))]:
+        with pytest.raises(BadInput, match="gamma_range"):
+            search_linear(x, weight, gamma_range=bad)

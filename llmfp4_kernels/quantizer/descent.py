@@ -16,10 +16,15 @@ from .objective import Layer
 from .preshift import Activation
 from .row_scales import Weight, WeightSearch
 
-GAMMAS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
-"""LLM-FP4's grid of factors on the bias; the authors' code evaluates the first 100 of 101 points."""
+GAMMA_RANGE = (0.01, 1.2)
+"""LLM-FP4's range of factors on the bias (the paper's gamma_1, gamma_2)."""
 START = ("e2m1", "e3m2", "e4m3")
 """The element that LLM-FP4's rounds begin with on both sides, at 4, 6 and 8 bits"""
+
+
+def gamma_grid(low: float, high: float) -> tuple[float, ...]:
+    """LLM-FP4's factors on the bias: the authors' code evaluates the first 100 of 101 points."""
+    return tuple(low + i * (high - low) / 100 for i in range(100))
 
 
 def _start(elements: tuple[Element, ...]) -> Element:
@@ -42,8 +47,10 @@ class Descents:
     x_unit and w_unit are the exponents of the powers of two that the layer was divided by.
     """
 
-    def __init__(self, layer: Layer, channel_max, weight_elements, activation_elements, units: tuple[int, int], rounds):
-        self.layer, self.channel_max, self.rounds = layer, channel_max, rounds
+    def __init__(
+        self, layer: Layer, channel_max, weight_elements, activation_elements, units: tuple[int, int], rounds, gammas
+    ):
+        self.layer, self.channel_max, self.rounds, self.gammas = layer, channel_max, rounds, gammas
         self.weight_elements, self.activation_elements = weight_elements, activation_elements
         self.x_unit, self.w_unit = units
 
@@ -59,7 +66,7 @@ class Descents:
     def paper(self, probe: Layer, weights: WeightSearch, rule: str | None) -> Activation:
         """Where LLM-FP4's rounds end, by the better of its two orders: of small layers one in eight ends more than 3 %
         apart. Both begin with the largest magnitudes as the largest values of START."""
-        search = self.activations(probe, rule, GAMMAS)
+        search = self.activations(probe, rule, self.gammas)
         last = self.release_round if rule else self.baseline_round
         ends = [self.rounds_of(probe, weights, search, one_round) for one_round in (self.paper_round, last)]
         return min(ends, key=lambda end: end.value).activation
@@ -104,7 +111,7 @@ class Descents:
 
     def papers(self, probe: Layer, whole: WeightSearch, rules) -> list[Pair]:
         """LLM-FP4's result for each rule of the shift."""
-        weights = whole if probe is self.layer else self.weights(probe, GAMMAS)
+        weights = whole if probe is self.layer else self.weights(probe, self.gammas)
         found = unique([self.paper(probe, weights, rule) for rule in rules])
         return [self.pair(self.layer, whole(a), a) for a in found]
 
@@ -112,9 +119,9 @@ class Descents:
         """The best pair found. On the additive grid never worse than on the gamma grid, whose result is one start."""
         layer = self.layer
         if self.activation_elements is None:
-            weights = self.weights(layer, *([GAMMAS] if grid == "gamma" else [GAMMAS, None]))
+            weights = self.weights(layer, *([self.gammas] if grid == "gamma" else [self.gammas, None]))
             return self.pair(layer, weights(None), None)
-        probe, weights = layer.probe(), self.weights(layer, GAMMAS)
+        probe, weights = layer.probe(), self.weights(layer, self.gammas)
         if grid == "gamma":
             return self.papers(probe, weights, [rule])[0]
         more_bits = max(e.bits for e in self.weight_elements + self.activation_elements) > 4

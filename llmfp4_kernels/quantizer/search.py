@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..formats import FP4_ELEMENTS, Element, searched_elements
 from ..packed import PackedFP4
 from ..reference import decode, encode, quantize
-from .descent import Descents
+from .descent import GAMMA_RANGE, Descents, gamma_grid
 from .objective import Layer
 from .preshift import SHIFT_RULES, Activation
 from .scales import require_matrix
@@ -79,9 +79,11 @@ def _unit_exponent(largest: torch.Tensor) -> int:
     return max(-120, min(120, int(torch.frexp(largest.double()).exponent)))
 
 
-def _check_options(rounds, grid, shift_rule, objective, output_gradient):
+def _check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range):
     if rounds < 1:
         raise BadInput(f"rounds is {rounds}: at least 1 is needed")
+    if len(gamma_range) != 2 or not -math.inf < gamma_range[0] < gamma_range[1] < math.inf:
+        raise BadInput(f"gamma_range is {gamma_range}: expected two finite numbers, the smaller first")
     for name, value, known in (
         ("grid", grid, ("additive", "gamma")),
         ("shift_rule", shift_rule, SHIFT_RULES),
@@ -140,6 +142,7 @@ def search_linear(
     output_gradient: torch.Tensor | None = None,
     gram: torch.Tensor | None = None,
     gram_tokens: int = 0,
+    gamma_range: tuple[float, float] = GAMMA_RANGE,
 ) -> LinearSearch:
     """Formats, row scales, x_scale and shift of a linear layer by the squared error of its output.
 
@@ -151,7 +154,8 @@ def search_linear(
     grid        "additive": bias b0 + delta, delta in -1..2 per row and -1..4 per tensor, besides the points of "gamma":
                 never a larger objective than "gamma" with the same rule, and with "phase" than "gamma" with "paper",
                 above 4 bits also with "release"
-                "gamma": the paper's 100 factors 0.01..1.2 on the bias b0 of the largest magnitude
+                "gamma": the paper's 100 factors on the bias b0 of the largest magnitude, from gamma_range[0] on and
+                below gamma_range[1]
     shift_rule  how channel biases become integer shifts (see preshift.channel_shift); "phase" searches it
     objective   "mse": mean squared error of the output
                 "fisher": squared errors weighted by the squares of output_gradient [tokens, n], the gradient of the
@@ -162,7 +166,7 @@ def search_linear(
     Raises BadInput for NaN, Inf, empty or mismatched tensors and unknown options.
     """
     require_matrix("weight", weight)
-    _check_options(rounds, grid, shift_rule, objective, output_gradient)
+    _check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range)
     if x is None and gram is None:
         raise BadInput("x is None: without inputs a search needs a gram")
     if x is not None:
@@ -174,7 +178,8 @@ def search_linear(
         elements = elements[0], activation_elements or searched_elements(activation_bits)
     weight = weight.float()
     layer, channel_max, units = _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens)
-    found = Descents(layer, channel_max, *elements, units[:2], rounds).best(grid, shift_rule if preshift else None)
+    descents = Descents(layer, channel_max, *elements, units[:2], rounds, gamma_grid(*gamma_range))
+    found = descents.best(grid, shift_rule if preshift else None)
     x_unit, w_unit, g_unit = units
     activation = found.activation
     if activation:
