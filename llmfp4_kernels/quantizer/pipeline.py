@@ -27,6 +27,7 @@ from .plan import Plan, make_plan, weight_of
 from .replace import replace_module
 from .scales import quantize_weight, scale_of_largest
 from .search import search_linear
+from .threads import in_threads
 from .work_dir import WorkDir
 
 
@@ -80,6 +81,11 @@ def _describe_activation(packed: PackedFP4, recipe: Recipe, inputs: LayerInputs 
         return dataclasses.replace(packed, activation=activation, dynamic=recipe.dynamic)
     x_scale = scale_of_largest(inputs.channel_max.amax().float(), activation)
     return dataclasses.replace(packed, activation=activation, x_scale=x_scale)
+
+
+SMALL_LAYER = 1 << 22
+"""Weights. Searches of smaller layers are many short operations: on 2 cores two of 576 x 576 to 576 x 1536 at once
+took 0.65 to 0.8 of the time of one after the other with two threads each."""
 
 
 @dataclass
@@ -224,17 +230,28 @@ def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress)
             done[name], rows[name] = found
     pending = [name for name in layers if name not in done]
     bar = tqdm(total=len(layers), initial=len(done), desc="quantize", disable=not progress)
-    for name, inputs in _inputs(model, pending, plan, calibration, sample_tokens):
-        recipe = plan.recipes[name]
-        if inputs is not None and inputs.x is None:
-            report.skipped.append({"name": name, "reason": "never called on the calibration data"})
-            continue
-        done[name], rows[name] = _quantize_one(name, layers[name], recipe, inputs)
-        work.save(name, prints[name], done[name], rows[name])
+
+    def jobs():
+        for name, inputs in _inputs(model, pending, plan, calibration, sample_tokens):
+            if inputs is not None and inputs.x is None:
+                report.skipped.append({"name": name, "reason": "never called on the calibration data"})
+            else:
+                yield name, layers[name], plan.recipes[name], inputs
+
+    for packed, row in in_threads(_quantize_one, jobs(), _layers_at_once([layers[name] for name in pending])):
+        name = row["name"]
+        done[name], rows[name] = packed, row
+        work.save(name, prints[name], packed, row)
         bar.update()
     bar.close()
     report.layers = [rows[name] for name in layers if name in rows]
     return done, report
+
+
+def _layers_at_once(layers: list[nn.Module]) -> int:
+    """One for each of torch's threads where layers are small and on a CPU; one on a GPU or where a layer is large."""
+    small = all(layer.weight.device.type == "cpu" and layer.weight.numel() <= SMALL_LAYER for layer in layers)
+    return torch.get_num_threads() if small else 1
 
 
 def _inputs(model, names: list[str], plan: Plan, calibration, sample_tokens):
