@@ -203,7 +203,8 @@ class FP4Linear(FP4Module, nn.Linear):
         calibration: activations [tokens, k] of the layer, for recipes that search or quantize activations.
         A ready PackedFP4 may stand in place of the recipe. Raises BadInput for NaN/Inf, empty or mismatched input.
         """
-        from .quantizer.pipeline import quantize_linear, weight_of
+        from .quantizer.linear import quantize_linear
+        from .quantizer.plan import weight_of
 
         weight = weight_of(linear)
         if not isinstance(recipe, PackedFP4):

@@ -8,7 +8,7 @@ from llmfp4_kernels.errors import BadInput
 from llmfp4_kernels.formats import E1M2, E2M1, RECIPES
 from llmfp4_kernels.quantizer.calibrate import LayerInputs
 from llmfp4_kernels.quantizer.gptq import Feedback, quantize_feedback, smoothing_factor
-from llmfp4_kernels.quantizer.pipeline import quantize_linear, relative_error
+from llmfp4_kernels.quantizer.linear import quantize_linear, relative_error
 from llmfp4_kernels.reference import dequantize
 
 

@@ -246,7 +246,7 @@ def test_embedding_shares_a_head(warm):
 
 @pytest.mark.parametrize("recipe", ["llm-fp4-a16", "nvfp4", "mxfp4"])
 def test_embedding_round_trip(recipe):
-    from llmfp4_kernels.quantizer.pipeline import quantize_linear
+    from llmfp4_kernels.quantizer.linear import quantize_linear
 
     packed = quantize_linear(torch.randn(30, 40), recipe, torch.eye(40))
     table = FP4Embedding.from_packed(packed)

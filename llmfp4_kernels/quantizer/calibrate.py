@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class LayerInputs:
     """tokens seen"""
     gram: torch.Tensor | None = field(default=None, repr=False)
     """float64 [k, k]: the sum of x x' over all tokens, if asked for; each batch's product is an fp32 one"""
+    gradient: torch.Tensor | None = field(default=None, repr=False)
+    """float32 [≤ sample_tokens, n]: of a loss with respect to the layer's outputs at the tokens of x, if asked for"""
     keys: torch.Tensor | None = field(default=None, repr=False)
     """float64: the random number of each sampled token; the sample is the tokens with the smallest ones"""
 
@@ -43,7 +46,7 @@ class LayerInputs:
         gram = None
         if with_gram:
             gram = (x.T @ x).double() if self.gram is None else self.gram + x.T @ x
-        return LayerInputs(sample, channel_max, self.tokens + len(x), gram, keys[kept])
+        return LayerInputs(sample, channel_max, self.tokens + len(x), gram, keys=keys[kept])
 
 
 _NOTHING = LayerInputs()
@@ -87,7 +90,7 @@ class _Recorder:
         if x is last_x and before is last_before:
             self.inputs[name] = last_after
         elif x.numel():
-            self.inputs[name] = before.with_tokens(_finite_tokens(name, x), self.sample_tokens, self.with_gram)
+            self.inputs[name] = before.with_tokens(finite_tokens(name, x), self.sample_tokens, self.with_gram)
         self.last = (x, before, self.inputs[name])
         self.calls[name] += 1
         if self.expected_calls and all(self.calls[n] >= count for n, count in self.expected_calls.items()):
@@ -101,12 +104,12 @@ def _kind(batch) -> object:
     return tuple((key, "tensor" if torch.is_tensor(v) else repr(v)) for key, v in sorted(batch.items()))
 
 
-def _finite_tokens(name: str, x: torch.Tensor) -> torch.Tensor:
+def finite_tokens(name: str, x: torch.Tensor, what: str = "inputs") -> torch.Tensor:
     """x [..., k] as float32 [tokens, k]; raises BadInput naming the layer if it holds NaN or Inf."""
     x = x.detach().reshape(-1, x.shape[-1]).float()
     bad = int((~x.isfinite()).sum())
     if bad:
-        raise BadInput(f"the inputs of layer {name} hold {bad} values of {x.numel()} that are NaN or Inf")
+        raise BadInput(f"the {what} of layer {name} hold {bad} values of {x.numel()} that are NaN or Inf")
     return x
 
 
@@ -131,12 +134,34 @@ def group_passes(
     return passes
 
 
-def _forward(model: nn.Module, batch) -> None:
+def on_device(model: nn.Module, batch):
+    """The batch with its tensors where the model's parameters are."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        model(**{key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()})
+        return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+    return batch.to(device)
+
+
+def _forward(model: nn.Module, batch) -> None:
+    batch = on_device(model, batch)
+    if isinstance(batch, Mapping):
+        model(**batch)
     else:
-        model(batch.to(device))
+        model(batch)
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module):
+    """The model in eval mode; a list of hooks' handles to fill. Afterwards hooks and modes are as before."""
+    training, handles = {module: module.training for module in model.modules()}, []
+    try:
+        model.eval()
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
 
 
 def _run_pass(
@@ -144,10 +169,7 @@ def _run_pass(
 ) -> dict[str, LayerInputs]:
     """The inputs of some layers over all batches. Leaves the model as it was, also after an exception."""
     recorder = _Recorder(sample_tokens, with_gram)
-    training = {module: module.training for module in model.modules()}
-    handles = []
-    try:
-        model.eval()
+    with observed(model) as handles:
         for name, module in modules.items():
             handles.append(module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True))
         for batch in batches:
@@ -158,15 +180,10 @@ def _run_pass(
             except _PassComplete:
                 pass
             recorder.end_batch()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     return recorder.inputs
 
 
-def _check(modules: dict[str, nn.Module], names, batches, sample_tokens: int) -> None:
+def check_calibration(modules: dict[str, nn.Module], names, batches, sample_tokens: int) -> None:
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise BadInput(f"the model has no layer {', '.join(unknown)} ({len(unknown)} of {len(names)} names)")
@@ -201,7 +218,7 @@ def collect(
     Raises BadInput at once for unknown names and empty batches, and while iterating for NaN or Inf inputs.
     """
     modules, names, batches = dict(model.named_modules()), list(names), list(batches)
-    _check(modules, names, batches, sample_tokens)
+    check_calibration(modules, names, batches, sample_tokens)
     wanted = {name: modules[name] for name in names}
 
     def run() -> Iterator[tuple[str, LayerInputs]]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,66 +22,12 @@ from ..formats import recipe as recipe_named
 from ..nn import FP4Linear, FP4Module
 from ..packed import PackedFP4
 from .calibrate import LayerInputs, collect
-from .gptq import quantize_feedback, smoothing_factor
+from .gradients import collect_with_gradients
+from .linear import quantize_linear, relative_error
 from .plan import Plan, make_plan, weight_of
 from .replace import replace_module
-from .scales import quantize_weight, scale_of_largest
-from .search import search_linear
 from .threads import in_threads
 from .work_dir import WorkDir
-
-
-def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None) -> PackedFP4:
-    """Pack a weight [n, k]. calibration: activations [tokens, k] or LayerInputs, if the recipe needs them.
-
-    Raises BadInput for NaN/Inf, empty, mismatched or missing input.
-    """
-    recipe = recipe_named(recipe)
-    if not isinstance(calibration, LayerInputs | torch.Tensor | None):
-        raise BadInput(f"calibration is a {type(calibration).__name__}, expected a tensor [tokens, k]")
-    inputs = LayerInputs(x=calibration) if isinstance(calibration, torch.Tensor) else calibration
-    if weight.is_meta:
-        raise BadInput(f"the weight of shape {list(weight.shape)} is on the meta device and has no values")
-    if recipe.needs_calibration:
-        if inputs is None or inputs.x is None:
-            raise BadInput(f"recipe {recipe.name!r} needs calibration activations [tokens, k], got none")
-        if inputs.x.ndim != 2 or inputs.x.shape[0] < 1 or inputs.x.shape[1] != weight.shape[-1]:
-            raise BadInput(
-                f"calibration of shape {list(inputs.x.shape)} does not match [tokens ≥ 1, k = {weight.shape[-1]}]"
-            )
-        reference.require_finite("calibration", inputs.x)
-        if inputs.channel_max is None:
-            inputs = dataclasses.replace(inputs, channel_max=inputs.x.abs().amax(0))
-    if recipe.search:
-        return search_linear(
-            inputs.x,
-            weight,
-            activation_bits=recipe.activation_elements[0].bits if recipe.activation_elements else 16,
-            preshift=recipe.preshift,
-            channel_max=inputs.channel_max,
-            weight_elements=recipe.weight_elements,
-            activation_elements=recipe.activation_elements or None,
-        ).packed(recipe.name)
-    if recipe.error_feedback:
-        x = inputs.x.float()
-        gram = x.T @ x if inputs.gram is None else inputs.gram
-        x_factor = smoothing_factor(inputs.channel_max) if recipe.smoothing else None
-        packed = quantize_feedback(weight, gram, recipe.weight_elements, x_factor, recipe.name)
-    else:
-        packed = quantize_weight(weight, recipe)
-    return _describe_activation(packed, recipe, inputs)
-
-
-def _describe_activation(packed: PackedFP4, recipe: Recipe, inputs: LayerInputs | None) -> PackedFP4:
-    """The weight with the recipe's dynamic activations, or static ones scaled by their largest magnitude."""
-    if not recipe.activation_elements:
-        return packed
-    activation = recipe.activation_elements[0]
-    if recipe.dynamic is not None:
-        return dataclasses.replace(packed, activation=activation, dynamic=recipe.dynamic)
-    x_scale = scale_of_largest(inputs.channel_max.amax().float(), activation)
-    return dataclasses.replace(packed, activation=activation, x_scale=x_scale)
-
 
 SMALL_LAYER = 1 << 22
 """Weights. Searches of smaller layers are many short operations: on 2 cores two of 576 x 576 to 576 x 1536 at once
@@ -120,16 +66,6 @@ def _check(model: nn.Module, plan: Plan, calibration) -> None:
             raise BadInput(f"calibration holds a {type(batch).__name__}, expected tensors or keyword arguments")
         if isinstance(batch, torch.Tensor) and batch.numel() == 0:
             raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
-
-
-def relative_error(weight: torch.Tensor, packed: PackedFP4, x: torch.Tensor | None) -> float:
-    """|Y_q - Y|² / |Y|² of the layer's output on x [tokens, k], or of the weight itself without x."""
-    if x is None:
-        quantized = reference.dequantize(packed)
-        return ((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
-    y = x @ weight.T
-    y_q = reference.round_activation(x, packed) @ reference.stored_weight(packed, torch.float32).T
-    return ((y_q - y).square().sum() / y.square().sum().clamp_min(1e-30)).item()
 
 
 def _settings(calibration, sample_tokens: int) -> str:
@@ -185,6 +121,7 @@ def quantize_model(
     exclude=("lm_head",),
     overrides: dict[str, str] | None = None,
     sample_tokens: int = 2048,
+    loss: Callable | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
@@ -194,6 +131,8 @@ def quantize_model(
     include, exclude, overrides  globs on module names or their last part; overrides maps a glob to a recipe's name.
                  Embeddings are quantized where include names them (not by "*"); one that shares its weight with a
                  quantized head shares its codes
+    loss         loss(model, batch) → a scalar tensor: searches then weigh squared errors of the output by the
+                 squares of this loss's gradient (LLM-FP4 app. A)
     work_dir     each finished layer is written there, and a run that finds it with the same settings goes on from it
 
     Nothing is replaced before every layer is done. Raises BadInput before any work for NaN/Inf weights, an unknown
@@ -203,8 +142,11 @@ def quantize_model(
     calibration = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
     plan = make_plan(model, recipe, include, exclude, overrides or {})
     _check(model, plan, calibration)
+    if loss is not None and work_dir is not None:
+        raise BadInput("work_dir cannot tell one loss from another: give one of both")
     work = WorkDir(work_dir, _settings(calibration, sample_tokens))
-    done, report = _run(model, plan, calibration, sample_tokens, work, progress)
+    source = Source(model, plan, calibration, sample_tokens, loss)
+    done, report = _run(model, plan, source, work, progress)
     for name, packed in done.items():
         _replace(model, name, packed)
     for name, owner in plan.shared.items():
@@ -220,7 +162,35 @@ def _share(model: nn.Module, name: str, owner: str) -> None:
     replace_module(model, name, shared)
 
 
-def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress) -> tuple[dict, Report]:
+@dataclass(frozen=True)
+class Source:
+    """Where the layers' inputs come from."""
+
+    model: nn.Module
+    plan: Plan
+    calibration: list
+    sample_tokens: int
+    loss: Callable | None
+
+    def inputs(self, names: list[str]):
+        """(name, LayerInputs or None): None for layers that need no calibration."""
+        recipes = self.plan.recipes
+        calibrated = [name for name in names if _is_calibrated(self.model, name, recipes[name])]
+        yield from ((name, None) for name in names if name not in calibrated)
+        weighed = [name for name in calibrated if self.loss is not None and recipes[name].search]
+        plain = [name for name in calibrated if name not in weighed]
+        if weighed:
+            yield from collect_with_gradients(
+                self.model, weighed, self.calibration, self.loss, sample_tokens=self.sample_tokens
+            )
+        if plain:
+            with_gram = any(recipes[name].error_feedback for name in plain)
+            yield from collect(
+                self.model, plain, self.calibration, sample_tokens=self.sample_tokens, with_gram=with_gram
+            )
+
+
+def _run(model, plan: Plan, source: Source, work: WorkDir, progress) -> tuple[dict, Report]:
     done, rows, prints, report = {}, {}, {}, Report(skipped=plan.skipped)
     layers = {name: model.get_submodule(name) for name in plan.recipes}
     for name, layer in layers.items():
@@ -232,7 +202,7 @@ def _run(model, plan: Plan, calibration, sample_tokens, work: WorkDir, progress)
     bar = tqdm(total=len(layers), initial=len(done), desc="quantize", disable=not progress)
 
     def jobs():
-        for name, inputs in _inputs(model, pending, plan, calibration, sample_tokens):
+        for name, inputs in source.inputs(pending):
             if inputs is not None and inputs.x is None:
                 report.skipped.append({"name": name, "reason": "never called on the calibration data"})
             else:
@@ -252,12 +222,3 @@ def _layers_at_once(layers: list[nn.Module]) -> int:
     """One for each of torch's threads where layers are small and on a CPU; one on a GPU or where a layer is large."""
     small = all(layer.weight.device.type == "cpu" and layer.weight.numel() <= SMALL_LAYER for layer in layers)
     return torch.get_num_threads() if small else 1
-
-
-def _inputs(model, names: list[str], plan: Plan, calibration, sample_tokens):
-    """(name, LayerInputs or None): None for layers that need no calibration."""
-    calibrated = [name for name in names if _is_calibrated(model, name, plan.recipes[name])]
-    yield from ((name, None) for name in names if name not in calibrated)
-    if calibrated:
-        with_gram = any(plan.recipes[name].error_feedback for name in calibrated)
-        yield from collect(model, calibrated, calibration, sample_tokens=sample_tokens, with_gram=with_gram)
