@@ -78,7 +78,7 @@ def test_defaults_are_never_worse_where_searches_look_at_a_part(bits, shape, mon
     monkeypatch.setattr(objective, "WHOLE", 1 << 20)
     monkeypatch.setattr(objective, "SMALL", 1 << 16)
     x, w = layer("outlier", *shape)
-    assert objective.Layer(x, w).probe().x.shape[0] == objective.PROBE_TOKENS
+    assert len(objective.Layer(x, w).probe().x) < len(x)
     kwargs = {"weight_bits": bits[0], "activation_bits": bits[1]}
     ours = search_linear(x, w, **kwargs).mse
     assert ours <= search_linear(x, w, **kwargs, **PAPER).mse
