@@ -210,6 +210,11 @@ class Recipe:
     source: str = ""
 
     @property
+    def needs_gram(self) -> bool:
+        """Whether X'X over all calibration tokens decides the weight: where activations are not searched beside it."""
+        return self.error_feedback or (self.search and not self.activation_elements)
+
+    @property
     def needs_calibration(self) -> bool:
         return self.search or self.error_feedback or (bool(self.activation_elements) and self.dynamic is None)
 

@@ -49,6 +49,8 @@ def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None
             activation_elements=recipe.activation_elements or None,
             objective="mse" if inputs.gradient is None else "fisher",
             output_gradient=inputs.gradient,
+            gram=inputs.gram if recipe.needs_gram else None,
+            gram_tokens=inputs.tokens,
         ).packed(recipe.name)
     if recipe.error_feedback:
         x = inputs.x.float()

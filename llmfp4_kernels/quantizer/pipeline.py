@@ -184,7 +184,7 @@ class Source:
                 self.model, weighed, self.calibration, self.loss, sample_tokens=self.sample_tokens
             )
         if plain:
-            with_gram = any(recipes[name].error_feedback for name in plain)
+            with_gram = any(recipes[name].needs_gram for name in plain)
             yield from collect(
                 self.model, plain, self.calibration, sample_tokens=self.sample_tokens, with_gram=with_gram
             )
