@@ -173,13 +173,13 @@ def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -
 
     If packed.integer, the product is exact up to one stated rounding order, which every integer kernel repeats bit by
     bit: (fp32(integer sum) · (x_scale · integer_scale)) · row_scale + bias, each step rounded to fp32. A row of x
-    with NaN or Inf gives a row of NaN. Otherwise sums are float64, rounded once.
+    with NaN or Inf, or with x · x_factor beyond fp32, gives a row of NaN. Otherwise sums are float64, rounded once.
     """
     if x.ndim != 2 or x.shape[1] != packed.k:
         raise BadInput(f"x of shape {list(x.shape)} does not match k = {packed.k}")
     if packed.activation is None:
         return _float_product(scaled_input(x, packed), stored_weight(packed), x.dtype, bias)
-    poisoned = ~x.isfinite().all(dim=1, keepdim=True)
+    poisoned = ~scaled_input(x, packed).isfinite().all(dim=1, keepdim=True)
     x = x.masked_fill(poisoned, 0.0)
     scales = activation_scales(x, packed)
     codes = quantize_activation(x, packed, scales)

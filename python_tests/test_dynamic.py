@@ -147,3 +147,14 @@ def test_a_file_keeps_dynamic_scales_and_x_factor(tmp_path):
     assert again.dynamic == packed.dynamic and torch.equal(again.x_factor, packed.x_factor)
     x = wild_x(5, 40)
     assert torch.equal(reference.gemm(x, again), reference.gemm(x, packed))
+
+
+@pytest.mark.parametrize("activation", [(E2M1, Dynamic(16, INTEGER)), (INT8, Dynamic()), (FP8, Dynamic())], ids=str)
+def test_a_token_that_x_factor_takes_beyond_fp32_gives_nan(activation):
+    packed, x = dynamic_packed(20, 48, E2M1, *activation), wild_x(6, 48)
+    x[3] = 3e38
+    kernel = choose(Problem.of(packed, 6, torch.float32))
+    y, expected = kernel.prepare(packed, None).run(kernel, x), reference.gemm(x, packed)
+    assert y[3].isnan().all() and expected[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    torch.testing.assert_close(y[others], expected[others], rtol=1e-5, atol=1e-3)

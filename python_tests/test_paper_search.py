@@ -131,3 +131,17 @@ def test_fisher_of_alike_gradients_is_the_mse():
     assert found.mse == pytest.approx(plain.mse, rel=0.02)
     nothing = search_linear(x, w, objective="fisher", output_gradient=torch.zeros(len(x), len(w)))
     assert nothing.objective_value == 0 and nothing.row_scale.isfinite().all()
+
+
+def test_rows_that_repeat_and_rows_that_hold_the_error():
+    """Layers that are not searched whole are judged by some rows: regular ones, and those of largest output."""
+    g = torch.Generator().manual_seed(9)
+    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    few = randn(1024, 200) * 0.01
+    few[[101, 333, 615, 817]] = randn(4, 200) / randn(4, 200).abs().clamp(min=0.2) * 3
+    regular = randn(512, 320) / randn(512, 320).abs().clamp(min=0.2) * 0.02
+    regular[::4] = randn(128, 320) * 0.002
+    for x, weight in ((randn(400, 200), few), (randn(600, 320) * randn(320).exp(), regular)):
+        paper = paper_search.paper_search(x, weight, activation_bits=16, order="paper").mse
+        assert search_linear(x, weight, activation_bits=16, grid="gamma", shift_rule="paper").mse < 1.03 * paper
+        assert search_linear(x, weight, activation_bits=16).mse <= paper

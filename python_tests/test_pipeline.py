@@ -1,5 +1,6 @@
 """quantize_model, save and load: coverage, resume, interruption, bad input, bit-equal reload."""
 
+import copy
 import json
 import os
 
@@ -277,3 +278,22 @@ def test_generate_with_a_cache(saved):
         for length in range(5, 13):
             assert model(ids[:, :length]).logits[0, -1].argmax() == ids[0, length]
     assert reference.dequantize(model.model.layers[0].mlp.up_proj.packed()).isfinite().all()
+
+
+def test_a_work_dir_knows_what_decides_the_inputs(tmp_path):
+    model, other = llama(), llama()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(torch.linspace(0.1, 10, other.config.hidden_size))
+    fresh = copy.deepcopy(other)
+    quantize_model(model, "llm-fp4", TOKENS, work_dir=tmp_path, progress=False)
+    quantize_model(other, "llm-fp4", TOKENS, work_dir=tmp_path, progress=False)
+    quantize_model(fresh, "llm-fp4", TOKENS, progress=False)
+    assert torch.equal(output(other), output(fresh))
+
+
+def test_calibration_may_be_a_generator_and_overrides_must_match():
+    model = llama()
+    report = quantize_model(model, "minmax-w4a4", (batch for batch in [TOKENS]), progress=False)
+    assert report.layers
+    with pytest.raises(BadInput, match=r"'q_porj' matches none of \d+ layers"):
+        quantize_model(llama(), "mxfp4", overrides={"q_porj": "nvfp4"}, progress=False)

@@ -107,7 +107,8 @@ inline void quantize_best(float* __restrict v, int count, const Element& e, cons
     __builtin_memcpy(v, with[better], (width ? width : count) * sizeof(float));
 }
 
-// x [k] → integers in units of the token's own scale, which is returned; NaN if the row holds NaN or Inf. `v` is memory
+// x [k] → integers in units of the token's own scale, which is returned; NaN if the row, times x_factor, holds NaN or
+// Inf. `v` is memory
 // for padded_k floats.
 template <class T>
 inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, const Activation& a, float* __restrict v,
@@ -116,9 +117,8 @@ inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, co
     const Rounder round(a.element);
     uint32_t special = 0, largest = 0;
     for (int i = 0; i < k; ++i) {
-        const float value = to_float(x[i]);
-        special |= is_special(value);
-        v[i] = value * factor[i];
+        v[i] = to_float(x[i]) * factor[i];
+        special |= is_special(v[i]);
         const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
         largest = largest > magnitude ? largest : magnitude;
     }

@@ -31,7 +31,7 @@ class Prepared:
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
         """fp32 of (sum · row_scale) · x_scale + bias; rows of NaN for tokens with NaN or Inf."""
         flat = x.reshape(-1, self.packed.k)
-        poisoned = ~flat.isfinite().all(dim=1, keepdim=True)
+        poisoned = ~scaled_input(flat, self.packed).isfinite().all(dim=1, keepdim=True)
         rounded, x_scale = self.round(flat.masked_fill(poisoned, 0.0))
         inner = _inner(Problem.of(self.weight_only, len(flat), torch.float32))
         y = self.weight.run(inner, rounded) * x_scale

@@ -73,17 +73,25 @@ class Layer:
     def input_gram(self) -> torch.Tensor:
         return self.weighted(self.x).T @ self.x if self.gram is None else self.gram
 
+    def some_rows(self, count: int) -> torch.Tensor:
+        """Indices of at most `count` rows: the one whose output is largest, and every s-th in order of their size.
+
+        Rows in the weight's own order repeat (interleaved heads, fused projections), and a few may hold all the error.
+        """
+        power = self.weight.square() @ self.input_gram.diagonal()
+        return power.argsort(descending=True)[:: -(-len(power) // count)]
+
     def probe(self) -> Layer:
         """At most PROBE_TOKENS tokens and PROBE_ROWS rows; a small layer is its own probe."""
         tokens, n = self.x.shape[0], self.weight.shape[0]
-        rows = slice(None, None, -(-n // PROBE_ROWS))
-        if tokens * self.weight.numel() <= WHOLE or (tokens <= PROBE_TOKENS and rows.step == 1):
+        if tokens * self.weight.numel() <= WHOLE or (tokens <= PROBE_TOKENS and n <= PROBE_ROWS):
             return self
+        rows = self.some_rows(PROBE_ROWS)
         picked, weights = probe_tokens(self.x, PROBE_TOKENS)
         importance = weights[:, None]
         if self.importance is not None:
             importance = importance * self.importance[picked].expand(-1, n)[:, rows]
-        return Layer(self.x[picked], self.weight[rows].contiguous(), importance)
+        return Layer(self.x[picked], self.weight[rows], importance)
 
     def errors(self, weight_q: torch.Tensor, activation) -> tuple[float, float]:
         """(mean of p (xq Wq^T - x W^T)^2, the same with p = 1) over all tokens and rows."""

@@ -68,8 +68,13 @@ def _check(model: nn.Module, plan: Plan, calibration) -> None:
             raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
 
 
-def _settings(calibration, sample_tokens: int) -> str:
+def _settings(model: nn.Module, calibration, sample_tokens: int) -> str:
+    """All that decides a layer's inputs: the calibration, and every parameter and buffer of the model."""
     digest = hashlib.blake2b(digest_size=16)
+    if calibration:
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     for batch in calibration or ():
         for tensor in batch.values() if isinstance(batch, Mapping) else [batch]:
             digest.update(repr(tensor.shape if torch.is_tensor(tensor) else tensor).encode())
@@ -139,12 +144,13 @@ def quantize_model(
     recipe, missing or empty calibration, or if no layer is left to quantize.
     """
     recipe = recipe_named(recipe)
-    calibration = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
+    if calibration is not None:
+        calibration = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else list(calibration)
     plan = make_plan(model, recipe, include, exclude, overrides or {})
     _check(model, plan, calibration)
     if loss is not None and work_dir is not None:
         raise BadInput("work_dir cannot tell one loss from another: give one of both")
-    work = WorkDir(work_dir, _settings(calibration, sample_tokens))
+    work = WorkDir(work_dir, _settings(model, calibration, sample_tokens) if work_dir else "")
     source = Source(model, plan, calibration, sample_tokens, loss)
     done, report = _run(model, plan, source, work, progress)
     for name, packed in done.items():

@@ -84,7 +84,7 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     """Which layers get which recipe, and a reason for every other module with parameters.
 
     Embeddings are quantized only where an include glob other than "*" names them. Raises BadInput for a weight without
-    elements and an unknown recipe.
+    elements, an unknown recipe and an override that matches nothing.
     """
     if _is_linear(model):
         raise BadInput(f"the model itself is a {type(model).__name__}: use FP4Linear.from_linear")
@@ -92,6 +92,9 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     modules = dict(model.named_modules())
     linears = {name: m for name, m in modules.items() if _is_linear(m)}
     tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
+    for glob in overrides:
+        if not any(_matches(name, [glob]) for name in linears | tables):
+            raise BadInput(f"override {glob!r} matches none of {len(linears) + len(tables)} layers and embeddings")
     for name, module in (linears | tables).items():
         reason = _reason_to_skip(name, module, include, exclude)
         pointer = module.weight.data_ptr()

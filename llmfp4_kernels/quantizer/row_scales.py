@@ -24,7 +24,7 @@ SCOUT_ROWS, SCOUT_STRIDE = 128, 4
 """Every fourth point of a grid is looked at on this many rows, to drop formats and ends of the grid."""
 SCOUT_MARGIN, SCOUT_REACH, SCOUT_SHARE = 1.2, 2.0, 0.02
 """A format with 1.2 times the error of the best one is dropped; so are the ends of its grid where the error is twice
-the best in all but 2 % of the rows."""
+the best in all but 2 % of the rows, and in rows with all but 2 % of the error."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,16 @@ class WeightSearch:
 
     def scout(self, grids: dict[Element, torch.Tensor]) -> dict[Element, torch.Tensor]:
         """The elements worth a full search, and the part of their grids that holds the best points of some rows."""
-        n = len(self.largest)
-        rows = slice(None, None, max(1, n // SCOUT_ROWS))
+        rows = self.layer.some_rows(SCOUT_ROWS)
         errors = {e: self.proxy_errors(e, deltas[::SCOUT_STRIDE], rows) for e, deltas in grids.items()}
         totals = {e: found.amin(0).sum() for e, found in errors.items()}
         limit, kept = min(totals.values()) * SCOUT_MARGIN, {}
         for e, found in errors.items():
             if totals[e] <= limit:
-                near = ((found <= found.amin(0) * SCOUT_REACH).double().mean(1) > SCOUT_SHARE).nonzero()
+                best = found.amin(0)
+                close = (found <= best * SCOUT_REACH).double()
+                of_error = close @ best.double() / best.double().sum().clamp(min=torch.finfo(torch.float64).tiny)
+                near = (torch.maximum(close.mean(1), of_error) > SCOUT_SHARE).nonzero()
                 first, last = int(near.min()) - 1, int(near.max()) + 1
                 kept[e] = grids[e][max(0, first * SCOUT_STRIDE) : last * SCOUT_STRIDE + 1]
         return kept

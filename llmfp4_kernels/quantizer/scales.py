@@ -22,6 +22,8 @@ def scale_of_largest(largest: torch.Tensor, element: Element) -> torch.Tensor:
 
 def require_matrix(name: str, x: torch.Tensor) -> None:
     """Raise BadInput unless x is a non-empty, finite matrix of a float dtype whose values fit in fp32."""
+    if not isinstance(x, torch.Tensor):
+        raise BadInput(f"{name} must be a tensor, got a {type(x).__name__}")
     if x.ndim != 2 or x.numel() == 0:
         raise BadInput(f"{name} must be a matrix with at least one row and column, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:

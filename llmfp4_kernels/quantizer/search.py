@@ -80,9 +80,10 @@ def _unit_exponent(largest: torch.Tensor) -> int:
 
 
 def _check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range):
-    if rounds < 1:
-        raise BadInput(f"rounds is {rounds}: at least 1 is needed")
-    if len(gamma_range) != 2 or not -math.inf < gamma_range[0] < gamma_range[1] < math.inf:
+    if not isinstance(rounds, int) or rounds < 1:
+        raise BadInput(f"rounds is {rounds!r}: a whole number is needed, at least 1")
+    numbers = isinstance(gamma_range, tuple | list) and [g for g in gamma_range if isinstance(g, int | float)]
+    if not numbers or len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
         raise BadInput(f"gamma_range is {gamma_range}: expected two finite numbers, the smaller first")
     for name, value, known in (
         ("grid", grid, ("additive", "gamma")),

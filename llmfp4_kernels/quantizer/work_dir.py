@@ -28,6 +28,8 @@ class WorkDir:
 
     def _files(self, name: str) -> tuple[Path, Path]:
         stem = re.sub(r"[^\w.-]", "_", name)
+        if stem != name:  # two names must not become one file
+            stem += "." + hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
         return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
 
     def load(self, name: str, fingerprint: str) -> tuple[PackedFP4, dict] | None:
