@@ -1,0 +1,139 @@
+"""nvcc and g++, each result kept under build/ptx by the content it was made from."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .translate import translate
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[1] / "build" / "ptx"
+FLAGS = [
+    "-std=c++17",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-stack-protector",
+    "-w",
+]
+SOURCES = ("schedule", "memory", "barriers", "copies", "matrices", "wgmma")
+
+
+@functools.cache
+def nvcc() -> str | None:
+    found = [shutil.which("nvcc"), *sorted(glob.glob("/usr/local/cuda*/bin/nvcc"))]
+    return next((p for p in found if p), None)
+
+
+def missing() -> str | None:
+    """Why kernels cannot run here, or None."""
+    if nvcc() is None:
+        return "no nvcc on PATH or in /usr/local/cuda*/bin: CUDA kernels cannot be compiled to PTX"
+    if platform.machine() != "x86_64":
+        return f"the machine's fibers are written for x86_64, this is {platform.machine()}"
+    return None if shutil.which("g++") else "no g++ on PATH: translated PTX cannot be compiled"
+
+
+def call(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(str(command[0])).name} failed:\n{(done.stderr or done.stdout)[-4000:]}")
+    return done.stdout
+
+
+@functools.cache
+def machine_key() -> str:
+    """What -march=native and the compiler make of the sources."""
+    target = subprocess.run(["g++", "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
+    return digest(target, *(p.read_text() for p in sorted(HERE.glob("*.h"))))
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def cached(name: str, make) -> Path:
+    """CACHE/name; make(path) writes it where it is missing. Two may make it at once: the last rename stands."""
+    path = CACHE / name
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / name
+            make(made)
+            os.replace(made, path)
+    return path
+
+
+def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = ()) -> str:
+    """The PTX that nvcc makes of CUDA C++ text."""
+    key = digest(cuda, arch, *options, call(nvcc(), "--version"))
+
+    def make(out: Path) -> None:
+        source = out.with_suffix(".cu")
+        source.write_text(cuda)
+        code = arch.replace("sm_", "compute_")
+        call(
+            nvcc(),
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-ptx",
+            "-gencode",
+            f"arch={code},code={code}",
+            *options,
+            source,
+            "-o",
+            out,
+        )
+
+    return cached(f"{key}.ptx", make).read_text()
+
+
+def ptx_of_cubin(path: Path) -> str:
+    """The PTX embedded in an object, library or fatbin."""
+    tool = shutil.which("cuobjdump") or next(iter(glob.glob("/usr/local/cuda*/bin/cuobjdump")), None)
+    if tool is None:
+        raise RuntimeError("no cuobjdump on PATH or in /usr/local/cuda*/bin: PTX cannot be taken out of a binary")
+    return re.sub(r"\A.*?(?=\.version)", "", call(tool, "-ptx", path), flags=re.S)
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    sources = {s: (HERE / f"{s}.cpp").read_text() for s in SOURCES}
+
+    def compile(name: str) -> Path:
+        key = digest(machine_key(), sources[name])
+        return cached(f"{name}-{key}.o", lambda out: call("g++", "-O2", *FLAGS, "-c", HERE / f"{name}.cpp", "-o", out))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile, SOURCES))
+    library = cached(
+        f"machine-{digest(*map(str, objects))}.so", lambda out: call("g++", "-shared", *objects, "-o", out)
+    )
+    # Kernels resolve their symbols here.
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def kernels(text: str) -> ctypes.CDLL:
+    """The translated kernels of PTX text. -O1: kernels are long, and run once."""
+    code = translate(text)
+    runtime()
+
+    def make(out: Path) -> None:
+        source = out.with_suffix(".cpp")
+        source.write_text(code)
+        call("g++", "-O1", *FLAGS, "-I", HERE, "-shared", source, "-o", out)
+
+    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), code)}.so", make)))

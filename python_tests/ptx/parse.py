@@ -1,0 +1,314 @@
+"""PTX text → modules of kernels of statements. What cannot be read is refused with its line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+class Refusal(Exception):
+    """The machine does not model this PTX. The message names the instruction and its line."""
+
+
+SIZES = {
+    "pred": 1,
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+}
+SIZES |= {"f32": 4, "f16x2": 4, "bf16x2": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16}
+
+
+@dataclass
+class Statement:
+    line: int
+    source_line: int
+    text: str  # without its predicate
+    predicate: str | None
+    opcode: str
+    operands: list[str]
+    scope: Scope
+
+
+@dataclass
+class Label:
+    name: str  # unique in the kernel
+
+
+@dataclass
+class Scope:
+    """Names of one pair of braces: registers, register ranges (%r<9>) and labels."""
+
+    number: int
+    parent: Scope | None
+    registers: dict[str, tuple[str, str]] = field(default_factory=dict)  # name: (C++ name, PTX type)
+    ranges: dict[str, str] = field(default_factory=dict)  # prefix: PTX type
+    labels: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)  # .branchtargets
+
+    def walk(self):
+        scope = self
+        while scope:
+            yield scope
+            scope = scope.parent
+
+
+@dataclass
+class Array:
+    """A variable in shared, local, global or constant memory."""
+
+    name: str
+    type: str
+    align: int
+    count: int
+    values: str | None = None
+
+    @property
+    def bytes(self):
+        return SIZES[self.type] * self.count
+
+
+@dataclass
+class Param:
+    name: str
+    offset: int
+    bytes: int
+
+
+@dataclass
+class Entry:
+    name: str
+    line: int
+    params: list[Param]
+    max_threads: int
+    items: list = field(default_factory=list)  # statements and labels
+    locals: list[Array] = field(default_factory=list)
+    shared: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class Module:
+    target: str
+    entries: list[Entry] = field(default_factory=list)
+    shared: dict[str, Array] = field(default_factory=dict)
+    dynamic: dict[str, int] = field(default_factory=dict)  # .extern .shared: alignment
+    variables: dict[str, tuple[str, Array]] = field(default_factory=dict)  # name: (global or const, array)
+
+
+def without_comments(text: str) -> str:
+    text = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S)
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def split(text: str, separator: str = ",") -> list[str]:
+    """At separators outside brackets."""
+    parts, depth, current = [], 0, ""
+    for c in text:
+        depth += (c in "{[(") - (c in "}])")
+        if c == separator and depth == 0:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += c
+    return [*parts, current.strip()] if current.strip() else parts
+
+
+def closing(text: str, start: int) -> int:
+    """The index of the brace that closes the one at start."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    raise Refusal("unbalanced braces")
+
+
+ARRAY = re.compile(
+    r"\.(shared|local|global|const)\s+(?:\.attribute\S*\s+)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+    r"(?:\s*=\s*(.*))?$",
+    re.S,
+)
+PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+)?(?:\.(?:global|shared|const|local)\s+)?(?:\.align\s+\d+\s+)?"
+    r"([\w$]+)(?:\[(\d+)\])?$"
+)
+
+
+def read_array(text: str, line: int) -> tuple[str, Array]:
+    m = ARRAY.match(text)
+    if not m or m[3] not in SIZES:
+        raise Refusal(f"PTX line {line}: declaration `{text[:100]}` is not modelled")
+    return m[1], Array(m[4], m[3], int(m[2] or SIZES[m[3]]), int(m[5] or 1), m[6])
+
+
+def read_params(text: str, line: int) -> list[Param]:
+    params, offset = [], 0
+    for part in split(text):
+        m = PARAM.match(part)
+        if not m:
+            raise Refusal(f"PTX line {line}: parameter `{part[:100]}` is not modelled")
+        size = SIZES[m[2]]
+        align = int(m[1] or size)
+        offset = -(-offset // align) * align
+        params.append(Param(m[3], offset, size * int(m[4] or 1)))
+        offset += params[-1].bytes
+    return params
+
+
+class Body:
+    """The statements between the braces of one kernel."""
+
+    def __init__(self, entry: Entry, text: str, line: int):
+        self.entry, self.text, self.line, self.source_line = entry, text, line, 0
+        self.scope, self.scopes, self.at = Scope(0, None), 0, 0
+        self.declare_labels(0, len(text))
+        while self.at < len(text):
+            self.step()
+
+    def declare_labels(self, begin: int, end: int) -> None:
+        """Labels of the scope from begin to end, not of the scopes inside it."""
+        inner = re.sub(r"[^{}]", "", self.text[begin:end]) and self.blank_inner(self.text[begin:end])
+        for m in re.finditer(r"(?:^|[;{}\n])\s*([A-Za-z_$][\w$]*):(?!:)", inner or self.text[begin:end]):
+            self.scope.labels[m[1]] = f"{re.sub(r'[^0-9A-Za-z_]', '_', m[1])}_{self.scope.number}"
+
+    @staticmethod
+    def blank_inner(text: str) -> str:
+        out, depth = [], 0
+        for c in text:
+            depth -= c == "}"
+            out.append(c if depth == 0 or c == "\n" else " ")
+            depth += c == "{"
+        return "".join(out)
+
+    def step(self) -> None:
+        c = self.text[self.at]
+        label = re.compile(r"([A-Za-z_$][\w$]*):(?!:)").match(self.text, self.at)
+        if c.isspace():
+            self.line += c == "\n"
+            self.at += 1
+        elif c == "{":
+            self.scopes += 1
+            self.scope = Scope(self.scopes, self.scope)
+            self.at += 1
+            self.declare_labels(self.at, closing(self.text, self.at - 1))
+        elif c == "}":
+            self.scope = self.scope.parent
+            self.at += 1
+        elif label:
+            if not self.branch_targets(label):
+                self.entry.items.append(Label(self.scope.labels[label[1]]))
+                self.at = label.end()
+        elif self.text.startswith((".loc", ".file"), self.at):
+            end = self.text.index("\n", self.at)
+            m = re.match(r"\.loc\s+\d+\s+(\d+)", self.text[self.at : end])
+            self.source_line = int(m[1]) if m else self.source_line
+            self.at = end
+        else:
+            self.declaration_or_statement()
+
+    def branch_targets(self, label) -> bool:
+        m = re.compile(r"\s*\.branchtargets\s+([^;]*);").match(self.text, label.end())
+        if m:
+            self.scope.tables[label[1]] = split(m[1])
+            self.line += self.text.count("\n", self.at, m.end())
+            self.at = m.end()
+        return bool(m)
+
+    def declaration_or_statement(self) -> None:
+        end, depth = self.at, 0
+        while self.text[end] != ";" or depth:
+            depth += (self.text[end] == "{") - (self.text[end] == "}")
+            end += 1
+        text = " ".join(self.text[self.at : end].split())
+        if text.startswith(".reg"):
+            self.registers(text)
+        elif text.startswith((".local", ".shared")):
+            space, array = read_array(text, self.line)
+            if space == "local":
+                self.entry.locals.append(array)
+            else:
+                self.entry.shared[array.name] = array
+        elif not text.startswith(".pragma"):
+            self.statement(text)
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end + 1
+
+    def registers(self, text: str) -> None:
+        m = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text)
+        if m[1] not in SIZES or m[1] == "b128":
+            raise Refusal(f"PTX line {self.line}: registers of type .{m[1]} are not modelled")
+        for name in split(m[2]):
+            many = re.match(r"(%?[\w$]+)<\d+>$", name)
+            if many:
+                self.scope.ranges[many[1]] = m[1]
+            else:
+                unique = f"{re.sub(r'[^0-9A-Za-z_]', '_', name)}_s{self.scope.number}"
+                self.scope.registers[name] = unique, m[1]
+
+    def statement(self, text: str) -> None:
+        m = re.match(r"^(?:@(!?\s*[%\w$]+)\s+)?([\w.:]+)\s*(.*)$", text)
+        if not m:
+            raise Refusal(f"kernel {self.entry.name}, PTX line {self.line}: cannot read `{text[:100]}`")
+        bare = text[m.start(2) :]
+        statement = Statement(self.line, self.source_line, bare, m[1], m[2], split(m[3]), self.scope)
+        self.entry.items.append(statement)
+
+
+ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*([^{]*)\{")
+
+
+def read_entry(module: Module, text: str, m, line: int) -> int:
+    bound = re.search(r"\.(?:reqntid|maxntid)\s+([\d,\s]+)", m[3])
+    threads = 1
+    for n in re.findall(r"\d+", bound[1]) if bound else ["1024"]:
+        threads *= int(n)
+    if ".explicitcluster" in m[3] or ".reqnctapercluster" in m[3]:
+        raise Refusal(f"kernel {m[1]}, PTX line {line}: clusters are not modelled")
+    entry = Entry(m[1], line, read_params(m[2], line), min(threads, 1024))
+    end = closing(text, m.end() - 1)
+    Body(entry, text[m.end() : end], line + text.count("\n", m.start(), m.end()))
+    module.entries.append(entry)
+    return end + 1
+
+
+def read_module(text: str) -> Module:
+    text = without_comments(text)
+    target = re.search(r"\.target\s+([\w.]+)", text)
+    if not target:
+        raise Refusal("this text has no .target, so it is not PTX")
+    module, at = Module(target[1]), 0
+    while m := re.compile(r"\s*(?=\S)").match(text, at):
+        at = m.end()
+        line = text.count("\n", 0, at) + 1
+        if m := ENTRY.match(text, at):
+            at = read_entry(module, text, m, line)
+        elif m := re.compile(r"\.section\s+[\w.]+\s*\{|(?:\.\w+\s+)*\.func\b[^;{]*[;{]").match(text, at):
+            # A device function is read over; a call of it is refused where it stands.
+            at = closing(text, m.end() - 1) + 1 if m[0].endswith("{") else m.end()
+        elif m := re.compile(r"\.(?:version|target|address_size|file)\b[^\n]*").match(text, at):
+            at = m.end()
+        elif m := re.compile(r"[^;]*;").match(text, at):
+            read_variable(module, " ".join(m[0][:-1].split()), line)
+            at = m.end()
+        else:
+            raise Refusal(f"PTX line {line}: cannot read `{text[at : at + 60]}`")
+    return module
+
+
+def read_variable(module: Module, text: str, line: int) -> None:
+    outside = text.startswith(".extern")
+    space, array = read_array(re.sub(r"^(?:\.(?:visible|extern|weak|common)\s+)*", "", text), line)
+    if space == "shared" and outside:
+        module.dynamic[array.name] = array.align
+    elif space == "shared":
+        module.shared[array.name] = array
+    else:
+        module.variables[array.name] = space, array
