@@ -95,7 +95,7 @@ def test_conv1d_and_keyword_batches():
     x = torch.randn(2, 4, 6)
     ((_, found),) = collect(Model(), ["c"], [{"x": x, "scale": 2.0}])
     assert torch.equal(found.x, (2 * x).reshape(-1, 6))
-    assert calibrate._in_features(Conv1D(3, 6)) == 6
+    assert calibrate.features(Conv1D(3, 6)) == (3, 6)
 
 
 def test_half_precision_inputs_become_float32():

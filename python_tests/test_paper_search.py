@@ -16,12 +16,9 @@ PAPER = {"grid": "gamma", "shift_rule": "paper"}
 BITS = ((4, 4), (6, 6), (4, 8), (8, 8), (4, 16), (6, 16))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
 
 
 def output_mse(x, w, found, importance=1.0):

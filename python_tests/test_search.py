@@ -11,13 +11,10 @@ from llmfp4_kernels.quantizer import objective, row_scales, search_linear
 from llmfp4_kernels.reference import dequantize, dequantize_activation, gemm, quantize_activation
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
+@pytest.fixture(autouse=True)
+def one_thread(threads):
     """These layers are too small to share, and threads that wait for each other stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 def layer(kind="outlier", n=48, k=64, tokens=192, seed=0):

@@ -108,8 +108,7 @@ inline void quantize_best(float* __restrict v, int count, const Element& e, cons
 }
 
 // x [k] → integers in units of the token's own scale, which is returned; NaN if the row, times x_factor, holds NaN or
-// Inf. `v` is memory
-// for padded_k floats.
+// Inf. `v` is memory for padded_k floats.
 template <class T>
 inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, const Activation& a, float* __restrict v,
                                   int8_t* __restrict out, int32_t* sum) {

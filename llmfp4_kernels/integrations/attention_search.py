@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import BadInput
 from ..formats import searched_elements
 from ..packed import FORMAT
+from ..quantizer.calibrate import observed, on_device
 from ..quantizer.products import Part, merge, search_product
 from ..reference import require_finite
 from .attention import ATTRIBUTE, AttentionOperands, fold_heads, require_redirectable, use_attention
@@ -96,28 +97,27 @@ class _Budget:
 def _forward(model: nn.Module, batch):
     """The first output (logits or hidden states) of a batch: token ids, or a mapping of keyword arguments."""
     batch = batch if isinstance(batch, Mapping) else {model.main_input_name: batch}
-    batch = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
     with torch.no_grad():
-        return model(**batch)[0]
+        return model(**on_device(model, batch))[0]
 
 
 @contextmanager
 def _redirected(model: nn.Module, operands: Callable[[str], object]) -> Iterator[None]:
     """Every module attends with operands(its name); afterwards implementation, operands and mode are as before."""
     modules = dict(model.named_modules())
-    before = [(module, module.__dict__.get(ATTRIBUTE), module.training) for module in modules.values()]
+    before = [(module, module.__dict__.get(ATTRIBUTE)) for module in modules.values()]
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules.values()) if hasattr(c, "sub_configs")}
     implementations = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
-        model.eval().set_attn_implementation(FORMAT)
-        for name, module in modules.items():
-            setattr(module, ATTRIBUTE, operands(name))
-        yield
+        with observed(model):
+            model.set_attn_implementation(FORMAT)
+            for name, module in modules.items():
+                setattr(module, ATTRIBUTE, operands(name))
+            yield
     finally:
         for config, implementation in implementations:
             config._attn_implementation_internal = implementation
-        for module, old, training in before:
-            module.training = training
+        for module, old in before:
             module.__dict__.pop(ATTRIBUTE, None)
             if old is not None:
                 setattr(module, ATTRIBUTE, old)

@@ -113,9 +113,11 @@ def finite_tokens(name: str, x: torch.Tensor, what: str = "inputs") -> torch.Ten
     return x
 
 
-def _in_features(module: nn.Module) -> int:
-    """k of nn.Linear, and of transformers' Conv1D, whose weight is [k, n]."""
-    return getattr(module, "in_features", None) or module.weight.shape[0]
+def features(module: nn.Module) -> tuple[int, int]:
+    """(n, k) of nn.Linear, and of transformers' Conv1D, whose weight is [k, n]."""
+    if hasattr(module, "in_features"):
+        return module.out_features, module.in_features
+    return module.weight.shape[1], module.weight.shape[0]
 
 
 def group_passes(
@@ -124,7 +126,7 @@ def group_passes(
     """Consecutive layers whose samples (float32, old and new while a batch is added) fit the budget; one at least."""
     passes, used = [], 0
     for name, module in modules.items():
-        k = _in_features(module)
+        k = features(module)[1]
         need = 2 * 4 * sample_tokens * k + (8 * k * k if with_gram else 0)
         if not passes or used + need > budget_bytes:
             passes.append([])

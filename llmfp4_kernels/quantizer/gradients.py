@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from .calibrate import LayerInputs, check_calibration, finite_tokens, group_passes, observed, on_device
+from .calibrate import LayerInputs, check_calibration, features, finite_tokens, group_passes, observed, on_device
 
 
 class _Recorder:
@@ -72,14 +72,9 @@ def collect_with_gradients(
                 for batch in batches:
                     _backward(model, loss(model, on_device(model, batch)))
             for name in group:
-                yield name, recorder.inputs(name, _out_features(wanted[name]))
+                yield name, recorder.inputs(name, features(wanted[name])[0])
 
     return run()
-
-
-def _out_features(module: nn.Module) -> int:
-    """n of nn.Linear, and of transformers' Conv1D, whose weight is [k, n]."""
-    return getattr(module, "out_features", None) or module.weight.shape[1]
 
 
 def _backward(model: nn.Module, value: torch.Tensor) -> None:

@@ -14,12 +14,8 @@ from ..encode import snap
 from ..errors import BadInput
 from ..formats import Element, searched_elements
 from ..reference import require_finite
+from .activation_search import DELTAS, MARGIN
 from .scales import scale_of_largest
-
-DELTAS = tuple(0.25 * i for i in range(-4, 15))
-"""The additive grid of biases around that of the largest magnitude."""
-MARGIN = 1.3
-"""Elements whose error on that grid is above this many times the least are not refined."""
 
 
 @dataclass(frozen=True)
