@@ -94,7 +94,7 @@ public:
         if (inverse_.empty())
             kernel.w4a16(w_, factor_.data(), call);
         else
-            kernel.w4a4(w_, a_, call);
+            (w_.groups ? kernel.w4a8_grouped : kernel.w4a4)(w_, a_, call);
     }
 
 private:

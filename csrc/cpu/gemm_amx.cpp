@@ -4,7 +4,7 @@
 // bits), and an activation is the exact sum of 1 (bf16), 2 (fp16) or 3 (fp32) bf16 parts, each multiplied with the same
 // decoded weights.
 #include "amx.h"
-#include "gemm_w4a16.h"
+#include "gemm_grouped.h"
 #include "kernels.h"
 
 namespace llmfp4::cpu {
@@ -153,6 +153,23 @@ inline PartRows split_rows(const Weights& w, const float* x_factor, const Call& 
     return x;
 }
 
+inline PartRows integers_to_bf16(const Weights& w, const Call& call, const IntegerRows& integers) {
+    PartRows x;
+    const size_t padded_k = w.at.padded_k();
+    x.parts = 1;
+    x.ld = spread_stride(padded_k * 2);
+    x.part_stride = 0;
+    x.at = static_cast<char*>(workspace(slot_sums, (round_up(call.m, 16) + 16) * x.ld));  // whole tiles may be read
+    parallel_ranges(call.threads, call.m, [&](long begin, long end) {
+        for (long m = begin; m < end; ++m) {
+            const int8_t* __restrict from = integers.row(int(m));
+            auto* __restrict to = reinterpret_cast<uint16_t*>(x.at + m * x.ld);
+            for (size_t i = 0; i < padded_k; ++i) to[i] = uint16_t(bits_of(float(from[i])) >> 16);
+        }
+    });
+    return x;
+}
+
 template <int even, int odd>
 inline void decode_pair(Tile codes, const FloatTable& table, bool grouped, F32 scale, uint8_t* row) {
     F32 a = decode_column<even>(codes, table), b = decode_column<odd>(codes, table);
@@ -176,8 +193,9 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
         }
 }
 
-inline void float_task(const Weights& w, const Call& call, const PartRows& x, const FloatTable& table, int m0, int m,
-                       int tile, int tiles) {
+// x_scale [m], or null where the activations are themselves.
+inline void float_task(const Weights& w, const Call& call, const PartRows& x, const float* x_scale,
+                       const FloatTable& table, int m0, int m, int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     auto* sums =
         static_cast<float*>(workspace(slot_accumulators, (size_t(m) + 15) / 16 * 16 * sums_ld * sizeof(float)));
@@ -189,7 +207,7 @@ inline void float_task(const Weights& w, const Call& call, const PartRows& x, co
         multiply_panel<Bf16Pairs>(x.at + m0 * x.ld + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles,
                                   steps, reinterpret_cast<char*>(sums), s == 0);
     }
-    finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
+    finish_float_rows(w, call, x_scale, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
 }
 
 }  // namespace amx
@@ -202,11 +220,22 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
     });
 }
 
+// An int8 number is one in bf16, and so is an integer element times its group's scale (6 significant bits).
+void w4a8_grouped_amx(const Weights& w, const Activation& a, const Call& call) {
+    const amx::IntegerRows integers = amx::quantize_rows(w, a, call);
+    const amx::PartRows x = amx::integers_to_bf16(w, call, integers);
+    const amx::FloatTable table = amx::float_table(w.element, float(w.element.integer_scale()));
+    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+        amx::float_task(w, call, x, integers.scale, table, m0, m, tile, tiles);
+    });
+}
+
 void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
     const amx::PartRows x = amx::split_rows(w, x_factor, call);
     const amx::FloatTable table = amx::float_table(w.element);
-    amx::for_blocks(
-        w, call, [&](int m0, int m, int tile, int tiles) { amx::float_task(w, call, x, table, m0, m, tile, tiles); });
+    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+        amx::float_task(w, call, x, nullptr, table, m0, m, tile, tiles);
+    });
 }
 
 }  // namespace llmfp4::cpu

@@ -13,9 +13,9 @@ struct FloatRows {
     const float* row(int r) const { return at + r * ld; }
 };
 
-inline FloatTable float_table(Element e) {
+inline FloatTable float_table(Element e, float unit = 1.0f) {
     float table[16];
-    for (int code = 0; code < 16; ++code) table[code] = e.value(code);
+    for (int code = 0; code < 16; ++code) table[code] = e.value(code) * unit;
     return FloatTable(table);
 }
 
@@ -35,13 +35,15 @@ inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Cal
     return x;
 }
 
-inline void finish_float_rows(const Weights& w, const Call& call, int m0, int rows, int n0, int count,
-                              const float* sums, size_t ld) {
+// x_scale [m], or null where the activations are themselves.
+inline void finish_float_rows(const Weights& w, const Call& call, const float* x_scale, int m0, int rows, int n0,
+                              int count, const float* sums, size_t ld) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         for (int r = 0; r < rows; ++r)
-            finish_float_row(sums + r * ld, w.row_scale + n0, w.bias ? w.bias + n0 : nullptr,
-                             static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0, count);
+            finish_float_row(sums + r * ld, x_scale ? x_scale[m0 + r] : 1.0f, w.row_scale + n0,
+                             w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0,
+                             count);
     });
 }
 
@@ -155,7 +157,7 @@ inline void few_float(const Weights& w, const Call& call, const FloatRows& x, in
                 row += with_block<fused_rows>(call.m - row, [&](auto mt) {
                     multiply_float_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
                 });
-            finish_float_rows(w, call, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
+            finish_float_rows(w, call, nullptr, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
         });
 }
 
@@ -176,7 +178,7 @@ inline void many_float(const Weights& w, const Call& call, const FloatRows& x, i
                 });
         });
     }
-    finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
+    finish_float_rows(w, call, nullptr, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
 }
 
 inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
@@ -186,15 +188,8 @@ inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task,
-               blocks_n = (tiles + float_tiles - 1) / float_tiles;
-    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
-        for (long task = begin; task < end; ++task) {
-            const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * float_tiles;
-            const int m = call.m - m0 < rows_per_task ? call.m - m0 : rows_per_task;
-            many_float(w, call, x, m0, m, tile, tiles - tile < float_tiles ? tiles - tile : float_tiles, table);
-        }
-    });
+    for_panels(threads, call.m, tiles, float_tiles,
+               [&](int m0, int m, int tile, int count) { many_float(w, call, x, m0, m, tile, count, table); });
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA
