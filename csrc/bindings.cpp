@@ -52,7 +52,8 @@ public:
              scale_kind_of(scale),
              pointer<uint8_t>(group_scale),
              group_size,
-             group_size ? (k + group_size - 1) / group_size : 0},
+             group_size ? (k + group_size - 1) / group_size : 0,
+             x_factor != 0},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
         const float* of_input = pointer<float>(x_factor);

@@ -65,6 +65,17 @@ def test_w4a16_within_summation_bound(kernel, group, threads):
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_w4a16_multiplies_x_factor_in_fp32(kernel, dtype):
+    packed, x = random_packed(33, 70, E2M1), random_x(20, 70, dtype)
+    packed.x_factor = torch.rand(70) + 0.3
+    smoothed = x.float() * packed.x_factor
+    y = Prepared(packed, None).run(kernel, x)
+    expected = Prepared(random_packed(33, 70, E2M1), None).run(kernel, smoothed)
+    assert same_bits(y, expected.to(dtype))
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
 def test_w4a16_shift_scales_channels(kernel):
     packed, plain = random_packed(33, 70, E2M1, shift=True), random_packed(33, 70, E2M1)
     x = random_x(20, 70)

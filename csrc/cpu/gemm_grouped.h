@@ -50,7 +50,7 @@ inline void multiply_grouped_fused(const Weights& w, const IntegerTable& table, 
             const int8_t* xs = x.row(row) + kt * tile_k;
             each<NT>([&](int t) {
                 const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
-                prefetch(at + 16 * tile_bytes);
+                prefetch_codes(at);
                 const Tile codes_16x8 = load_tile(at);
                 const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
                 each<MT>(

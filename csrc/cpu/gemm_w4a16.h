@@ -84,7 +84,7 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
         for (size_t kt = begin; kt < end; ++kt)
             each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
-                prefetch(at + 16 * tile_bytes);
+                prefetch_codes(at);
                 multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             });
         each<NT>([&](int t) {

@@ -113,7 +113,7 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
     for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
         each<NT>([&](int t) {
             const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
-            prefetch(at + 16 * tile_bytes);
+            prefetch_codes(at);
             const Tile codes_16x8 = load_tile(at);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
             each<MT>([&](int i) {

@@ -21,6 +21,7 @@ struct Weights {
     ScaleKind scale_kind;
     const uint8_t* group_scale;  // [n/16][groups][16] or null
     int group_size, groups;
+    bool smoothed;  // the activations are multiplied by an x_factor that is no power of two
 };
 
 constexpr int dynamic_group_limit = 256;

@@ -42,7 +42,9 @@ LLMFP4_INLINE void each(F&& f) {
         for (int j = 0; j < N; ++j) f(i, j);
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// 32 tiles ahead of the one at p. One core, m = 1, share of the read bandwidth with 16 / 32 / 64 / 128 tiles: W4A16 .70
+// .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83.
+inline void prefetch_codes(const uint8_t* p) { __builtin_prefetch(p + 32 * tile_bytes, 0, 3); }
 
 inline int32_t four_bytes(const int8_t* x) {
     int32_t word;

@@ -100,8 +100,6 @@ def _refusal(isa: str, problem: Problem) -> str | None:
         terms = min(problem.k, problem.group_size or problem.k)
         if terms > limit:
             return f"sums over {terms} inputs may overflow int32, the limit for these elements is {limit}"
-    elif problem.x_factor and isa == "amx" and problem.dtype != torch.float32:
-        return f"{problem.dtype} activations times x_factor are no {problem.dtype} numbers, which its tiles hold"
     from_m = row["w4a4_from_m" if problem.activation else "w4a16_from_m"]
     return f"m = {problem.m} is below {from_m}, where its tiles fill" if problem.m < from_m else None
 
