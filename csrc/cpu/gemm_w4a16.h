@@ -47,30 +47,33 @@ inline void finish_float_rows(const Weights& w, const Call& call, const float* x
     });
 }
 
-template <int MT, int nibble>
-inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+template <int chains, int MT, int nibble>
+inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[chains][MT]) {
     const F32 column = decode_column<nibble>(codes, table);
-    each<MT>([&](int i) { acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble)); });
+    constexpr int c = nibble % chains;
+    each<MT>([&](int i) { acc[c][i] = fma(acc[c][i], column, xs + i * ldx + k_of_nibble(nibble)); });
 }
 
 // MT rows times one tile of 8 inputs.
-template <int MT>
-inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+template <int chains, int MT>
+inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx,
+                          F32 (&acc)[chains][MT]) {
     const Tile codes = load_tile(at);
-    multiply_column<MT, 0>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 1>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 2>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 3>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 4>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 5>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 6>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 7>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 0>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 1>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 2>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 3>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 4>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 5>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 6>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 7>(codes, table, xs, ldx, acc);
 }
 
 // MT rows times NT tiles of 16 outputs, all of k, one group after the other.
 template <int MT, int NT>
 inline void multiply_float_fused(const Weights& w, const FloatTable& table, const FloatRows& x, int row, int tile,
                                  float* sums, size_t ld) {
+    constexpr int chains = MT * NT <= most_chained ? 2 : 1;
     const size_t tiles_k = w.at.tiles_k();
     const bool grouped = w.scale_kind != ScaleKind::none;
     const size_t group_tiles = grouped ? w.group_size / tile_k : tiles_k;
@@ -79,21 +82,24 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
     for (size_t group = 0, begin = 0; begin < tiles_k; ++group, begin += group_tiles) {
         if (grouped && int(group) >= w.groups) break;  // only padding is left
         const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
-        F32 acc[NT][2][MT];
-        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][1][i] = f32_zero(); });
+        F32 acc[NT][chains][MT];
+        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][chains - 1][i] = f32_zero(); });
         for (size_t kt = begin; kt < end; ++kt)
             each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
                 prefetch_codes(at);
-                multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
+                multiply_tile<chains, MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             });
+        each<NT, MT>([&](int t, int i) {
+            if (chains == 2) acc[t][0][i] = add(acc[t][0][i], acc[t][chains - 1][i]);
+        });
         each<NT>([&](int t) {
             if (!grouped) {
-                each<MT>([&](int i) { total[t][i] = add(acc[t][0][i], acc[t][1][i]); });
+                each<MT>([&](int i) { total[t][i] = acc[t][0][i]; });
                 return;
             }
             const F32 scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
-            each<MT>([&](int i) { total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale); });
+            each<MT>([&](int i) { total[t][i] = fma(total[t][i], acc[t][0][i], scale); });
         });
     }
     each<NT, MT>([&](int t, int i) { store(sums + i * ld + t * tile_n, total[t][i]); });
@@ -149,10 +155,10 @@ inline void multiply_float_panel(const float* panel, size_t k_stride, int k, con
 
 inline void few_float(const Weights& w, const Call& call, const FloatRows& x, int begin, int end) {
     const FloatTable table = float_table(w.element);
-    constexpr size_t ld = fused_tiles * tile_n;
-    float sums[few_rows * ld];
+    constexpr size_t ld = float_fused_tiles * tile_n;
+    float sums[few_float_rows * ld];
     for (int tile = begin; tile < end;)
-        tile += with_block<2>(end - tile, [&](auto nt) {
+        tile += with_block<float_fused_tiles>(end - tile, [&](auto nt) {
             for (int row = 0; row < call.m;)
                 row += with_block<fused_rows>(call.m - row, [&](auto mt) {
                     multiply_float_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
@@ -184,7 +190,7 @@ inline void many_float(const Weights& w, const Call& call, const FloatRows& x, i
 inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
     const FloatRows x = convert_rows(w, x_factor, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
-    if (call.m <= few_rows)
+    if (call.m <= few_float_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
