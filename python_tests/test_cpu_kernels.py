@@ -14,7 +14,8 @@ from llmfp4_kernels.registry import choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NATIVE = native.problem_with_module() is None
-AVAILABLE = [k for k in KERNELS if NATIVE and native.cpu_kernels()[k.name.removeprefix("cpu.")]["supported"]]
+SUPPORTED = {f"cpu.{name}" for name, row in (native.cpu_kernels() if NATIVE else {}).items() if row["supported"]}
+AVAILABLE = [kernel for kernel in KERNELS if kernel.name in SUPPORTED]
 
 
 def test_native_module_is_built():

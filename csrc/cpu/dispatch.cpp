@@ -1,6 +1,10 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#if LLMFP4_ARM
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -9,6 +13,16 @@ namespace llmfp4::cpu {
 namespace {
 
 bool always() { return true; }
+
+#if LLMFP4_ARM
+bool has_dot_product() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // every Apple processor of this kind has it
+#endif
+}
+#endif
 
 #if LLMFP4_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -33,6 +47,9 @@ bool has_amx() {
 #endif
 
 const Kernels table[] = {
+#if LLMFP4_ARM
+    {"neon", "asimddp", has_dot_product, 1, 1, w4a4_neon, w4a8_grouped_neon, w4a16_neon},
+#endif
 #if LLMFP4_X86
     {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 16, 16, w4a4_amx, w4a8_grouped_amx, w4a16_amx},
     {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1, w4a4_avx512vnni,

@@ -101,7 +101,7 @@ inline void integer_task(const Weights& w, const Activation& a, const Call& call
                                              0, 1, m, panel, tiles, steps, reinterpret_cast<char*>(sums + p * plane),
                                              s == 0);
     }
-    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane, table.offset);
+    finish_rows(w, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane, table.offset);
 }
 
 inline PartRows integers_to_bf16(const Weights& w, const Call& call, const IntegerRows& integers) {

@@ -83,7 +83,9 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
         if (grouped && int(group) >= w.groups) break;  // only padding is left
         const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
         F32 acc[NT][chains][MT];
-        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][chains - 1][i] = f32_zero(); });
+        each<NT, MT>([&](int t, int i) {
+            for (auto& chain : acc[t]) chain[i] = f32_zero();
+        });
         for (size_t kt = begin; kt < end; ++kt)
             each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;

@@ -1,6 +1,6 @@
 // Y[m,n] = (fp32(Σ_k xi[m,k] · wi[n,k]) · x_scale) · row_scale[n] + bias[n], with int8 operands and exact int32 sums.
 //
-// Weight integers are decoded with an offset that makes them unsigned, as the u8 x s8 dot product wants; starting each
+// Weight integers are decoded with an offset that makes them unsigned, where the dot product is u8 x s8; starting each
 // sum at -offset · Σ_k xi[m,k] takes it out again. Rows: up to `few_rows` multiply tiles as they are decoded; more of
 // them share a panel of decoded bytes.
 #pragma once
@@ -37,7 +37,7 @@ struct IntegerTable {
         for (int code = 0; code < 16; ++code) table[code] = uint8_t(e.integer(code) + offset);
         return ByteTable(table);
     }
-    explicit IntegerTable(Element e) : offset(e.max_integer()), bytes(make(e, offset)) {}
+    explicit IntegerTable(Element e) : offset(signed_bytes ? 0 : e.max_integer()), bytes(make(e, offset)) {}
 };
 
 // Strides that are a multiple of 128 bytes would put every row into few cache sets.
@@ -60,7 +60,7 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
         const auto* source = static_cast<const decltype(type)*>(call.x);
         parallel_ranges(threads, call.m, [&](long begin, long end) {
             for (int m = int(begin); m < int(end); ++m) {
-                int32_t sums[2];
+                int32_t sums[2] = {};
                 int8_t *low = x.at + m * x.ld, *high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
                 const auto* row = source + m * call.ldx;
                 if (a.dynamic) {
@@ -81,8 +81,8 @@ inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Ca
 
 // sums [planes][rows][ld]: finish rows m0.. of the call for `count` outputs from n0. `offset` is what the weights were
 // decoded with, if the sums were not started with its correction.
-inline void finish_rows(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int rows,
-                        int n0, int count, const int32_t* sums, size_t ld, size_t plane_stride, int offset) {
+inline void finish_rows(const Weights& w, const Call& call, const IntegerRows& x, int m0, int rows, int n0, int count,
+                        const int32_t* sums, size_t ld, size_t plane_stride, int offset) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         for (int r = 0; r < rows; ++r) {
@@ -182,7 +182,7 @@ inline void few(const Weights& w, const Activation& a, const Call& call, const I
                 row += with_block<fused_rows>(x.rows() - row, [&](auto mt) {
                     multiply_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
                 });
-            finish_rows(w, a, call, x, 0, x.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld, x.m * ld, 0);
+            finish_rows(w, call, x, 0, x.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld, x.m * ld, 0);
         });
 }
 
@@ -208,7 +208,7 @@ inline void many(const Weights& w, const Activation& a, const Call& call, const 
                     });
         });
     }
-    finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld, 0);
+    finish_rows(w, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld, 0);
 }
 
 // Threads worth waking: a share below 2^18 multiplications ends before a second thread has started.

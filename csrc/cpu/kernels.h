@@ -7,6 +7,11 @@ namespace llmfp4::cpu {
 void w4a4_scalar(const Weights&, const Activation&, const Call&);
 void w4a8_grouped_scalar(const Weights&, const Activation&, const Call&);
 void w4a16_scalar(const Weights&, const float* x_factor, const Call&);
+#if LLMFP4_ARM
+void w4a4_neon(const Weights&, const Activation&, const Call&);
+void w4a8_grouped_neon(const Weights&, const Activation&, const Call&);
+void w4a16_neon(const Weights&, const float* x_factor, const Call&);
+#endif
 #if LLMFP4_X86
 void w4a4_avx2(const Weights&, const Activation&, const Call&);
 void w4a8_grouped_avx2(const Weights&, const Activation&, const Call&);

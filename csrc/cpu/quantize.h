@@ -127,7 +127,7 @@ inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, co
     for (int i = 0; i < k; ++i) v[i] *= inverse;
     for (int i = k; i < padded_k; ++i) v[i] = 0;
     if (special) {
-        __builtin_memset(out, 0, padded_k);
+        for (int i = 0; i < padded_k; ++i) out[i] = 0;
     } else if (a.group_size == 0) {
         const float scale = float(a.element.integer_scale());
         for (int i = 0; i < padded_k; ++i) out[i] = int8_t(int32_t(round(v[i]) * scale));

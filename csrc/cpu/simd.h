@@ -3,8 +3,8 @@
 // the same templates are compiled several times into one module.
 //
 //     Tile    64 bytes of codes: 16 outputs x 8 inputs (core/layout.h)
-//     Bytes   64 unsigned bytes: 16 outputs x 4 inputs, element integer + offset
-//     I32 F32 16 lanes, one per output
+//     Bytes   64 bytes: 16 outputs x 4 inputs, element integer, plus an offset that makes it unsigned if not
+//     signed_bytes I32 F32 16 lanes, one per output
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,8 @@
 #define LLMFP4_ISA avx512vnni
 #elif defined(__AVX2__)
 #define LLMFP4_ISA avx2
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define LLMFP4_ISA neon
 #else
 #define LLMFP4_ISA scalar
 #endif
@@ -66,6 +68,8 @@ constexpr int16_t e4m3_as_half = int16_t(0xbf80);
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "simd_neon.h"
 #else
 #include "simd_scalar.h"
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 
 import torch
 
@@ -86,7 +87,9 @@ def _refusal(isa: str, problem: Problem) -> str | None:
         return f"runs on the CPU, the tensors are on {problem.device}"
     if native.problem_with_module():
         return native.problem_with_module()
-    row = native.cpu_kernels()[isa]
+    row = native.cpu_kernels().get(isa)
+    if row is None:
+        return f"not built for {platform.machine()}"
     if not row["supported"]:
         return f"this CPU lacks one of: {row['needs']}"
     if problem.dtype not in DTYPES:
@@ -114,4 +117,4 @@ def _prepare(packed: PackedFP4, bias: torch.Tensor | None) -> Prepared:
     return Prepared(packed, bias)
 
 
-KERNELS = tuple(_kernel(isa) for isa in ("amx", "avx512vnni", "avx2", "scalar"))
+KERNELS = tuple(_kernel(isa) for isa in ("amx", "avx512vnni", "avx2", "neon", "scalar"))
