@@ -19,6 +19,7 @@ class ResultFile:
 
     def __init__(self, path: Path):
         self.path, self.content = path, {}
+        self.commit = machine.commit()  # of the code that is loaded, whatever is committed while it runs
         if path.is_file():
             try:
                 self.content = json.loads(path.read_text())
@@ -39,8 +40,8 @@ class ResultFile:
 
     def put(self, section: str, name: str, key: str, row: dict) -> None:
         """Add or replace a row, and write the file beside and rename it."""
-        now, commit = machine.machine(), machine.commit()
-        self.rows(section)[name] = {"key": key, **row, "commit": commit, "date": now["date"]}
-        self.content |= {"machine": now, "commit": commit}
+        now = machine.machine()
+        self.rows(section)[name] = {"key": key, **row, "commit": self.commit, "date": now["date"]}
+        self.content |= {"machine": now, "commit": self.commit}
         text = json.dumps(self.content, indent=1, ensure_ascii=False)
         write_beside(self.path, lambda beside: beside.write_text(text))
