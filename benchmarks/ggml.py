@@ -11,6 +11,8 @@ import ctypes
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
@@ -119,6 +121,15 @@ def buffers() -> dict[str, int]:
     return found
 
 
+@functools.cache
+def usable(buffer: str) -> bool:
+    """Whether a process survives a product in this buffer after one of oneDNN.
+
+    ggml loads its AMX configuration once per thread, oneDNN takes it away: built as it is, it ends with SIGILL.
+    """
+    return subprocess.run([sys.executable, __file__, buffer], capture_output=True).returncode == 0
+
+
 def quantize(weight: torch.Tensor, name: str) -> torch.Tensor:
     """float32 [n, k] → uint8 [n, bytes of a row] in ggml's type `name`."""
     (number, block), (n, k) = TYPES[name], weight.shape
@@ -196,3 +207,10 @@ class Linear:
         self._free_graph()
         self.ggml.ggml_backend_buffer_free(self.memory)
         self.ggml.ggml_free(self.context)
+
+
+if __name__ == "__main__":
+    tokens, weight = torch.ones(33, 256), torch.ones(64, 256)
+    for _ in range(2):
+        torch.nn.functional.linear(tokens.bfloat16(), weight.bfloat16())
+        Linear(quantize(weight, "Q4_0"), "Q4_0", 256, sys.argv[1])(tokens)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from cases import random_x
 
-from llmfp4_kernels.errors import NoKernel
+from llmfp4_kernels.errors import BadInput, NoKernel
 
 PROBE = 61
 """Distinct rows. A prime: rows that repeat never lie alike in tiles, so that a kernel's wrong tile shows.
@@ -17,6 +17,13 @@ The search of llm-fp4 takes 15 s for 61 rows of 4096, 65 s for 251.
 """
 TOKENS = 64
 """Rows of x that errors are taken on, and that recipes are calibrated on (other ones)."""
+
+GROUP = 64
+"""Weights per scale of the rivals that let one choose; the demo model's k = 576 is no multiple of 128."""
+TOKEN = 0
+"""One activation scale per token, for `per_block`."""
+INT8_ROUNDING = 2**-9
+"""Of Σ|x||w|: scales in 16 bits, and a few ties of activations that fall the other way."""
 
 
 class Weight:
@@ -55,6 +62,11 @@ class Weight:
         with torch.inference_mode():
             y = contender.calls[0](x.to(contender.device, contender.x_dtype))[:, : len(self.probe)].cpu().double()
         return ((y - exact).norm() / exact.norm()).item()
+
+
+def needs(name: str, weight: Weight, n: int, k: int) -> None:
+    if weight.n % n or weight.k % k:
+        raise BadInput(f"{name} needs n in {n}s and k in {k}s, this is n = {weight.n}, k = {weight.k}")
 
 
 def per_block(block: int) -> Callable[[torch.Tensor], torch.Tensor]:
