@@ -5,7 +5,9 @@ A row makes a Contender: row(weight, warm=…). It raises ImportError, NoKernel 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 from collections.abc import Callable
 
 import ggml
@@ -13,6 +15,8 @@ import rivals_cuda
 import rivals_packages
 import rivals_torch
 from bench import Contender
+
+from llmfp4_kernels.errors import NoKernel
 
 
 def adapters() -> dict[str, Callable[..., Contender]]:
@@ -39,3 +43,14 @@ def adapters() -> dict[str, Callable[..., Contender]]:
         for buffer in ggml.BUFFERS:
             rows[f"llama.cpp-{kind}-{buffer}".lower()] = part(rivals_packages.llama_cpp, kind=kind, buffer=buffer)
     return rows
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that rivals come from, those that are there."""
+    found = {}
+    for package in ("torch", "bitsandbytes", "torchao", "onnxruntime", "gemlite"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    with contextlib.suppress(NoKernel):
+        found["ggml"] = f"{ggml.library().ggml_version().decode()} in {ggml.folder().name}"
+    return found

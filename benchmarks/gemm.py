@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
+import os
 import sys
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python_tests")]
-
-from adapters import adapters
+from adapters import adapters, versions
 from bench import Contender, compare
-from cases import LINEAR_SHAPES
-from machine import commit, load, machine
+from machine import load
 from operands import Weight
 from ours import fp4
+from result_file import recorder
 from roofline import ceilings
+from shared_cases import LINEAR_SHAPES
 
 from llmfp4_kernels.errors import BadInput, NoKernel
 
@@ -113,15 +111,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     options = parser.parse_args(arguments)
     options.rivals = [name for name in options.rivals if name != FIRST]
-    where = {"machine": machine(), "commit": commit()}
-
-    def record(row: dict) -> None:
-        print(line(row), flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row | where) + "\n")
-
+    record = recorder(options.out, line, versions=versions(), wait_policy=os.environ.get("OMP_WAIT_POLICY", ""))
     for n, k in LINEAR_SHAPES[options.model] if options.model else options.shapes:
         measure(n, k, options, record)
     return 0

@@ -31,6 +31,7 @@ _HANDLE = c_void_p
 _API = {
     "ggml_init": (_HANDLE, "params"),
     "ggml_log_set": (None, _HANDLE, _HANDLE),
+    "ggml_version": (c_char_p,),
     "ggml_free": (None, _HANDLE),
     "ggml_tensor_overhead": (c_size_t,),
     "ggml_graph_overhead_custom": (c_size_t, c_size_t, c_bool),

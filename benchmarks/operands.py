@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from cases import random_x
+from shared_cases import random_x
 
 from llmfp4_kernels.errors import BadInput, NoKernel
 

@@ -19,7 +19,7 @@ from llmfp4_kernels.errors import NoKernel
 
 
 @functools.cache
-def _quiet_import(name: str):
+def quiet_import(name: str):
     """An optional package; what it prints and logs while it is imported says nothing about this CPU."""
     logging.disable(logging.WARNING)
     try:
@@ -31,7 +31,7 @@ def _quiet_import(name: str):
 
 def bitsandbytes(weight: Weight, kind: str, warm: bool = False) -> Contender:
     """bitsandbytes' Linear4bit ("fp4" or "nf4"), bf16 activations, blocks of 64."""
-    bnb = _quiet_import("bitsandbytes")
+    bnb = quiet_import("bitsandbytes")
     name = f"bitsandbytes {kind.upper()}"
     needs(name, weight, 32, 64)
     probe, state = bnb.functional.quantize_4bit(weight.probe.bfloat16(), blocksize=64, quant_type=kind)
@@ -47,8 +47,8 @@ def bitsandbytes(weight: Weight, kind: str, warm: bool = False) -> Contender:
 
 def torchao_int4(weight: Weight, warm: bool = False) -> Contender:
     """torchao's INT4 weight-only tensors for CPUs, bf16 activations."""
-    ao = _quiet_import("torchao.prototype.quantization.int4")
-    quantize = _quiet_import("torchao.quantization").quantize_
+    ao = quiet_import("torchao.prototype.quantization.int4")
+    quantize = quiet_import("torchao.quantization").quantize_
     name = f"torchao int4 g{GROUP}"
     needs(name, weight, 16, GROUP)
 
