@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 MOST_COPIES = 128
+WARM_UP = 1.0
+"""Seconds of first calls after which no more copies join the rotation, beyond four."""
 
 
 @dataclass
@@ -42,8 +44,12 @@ def last_level_cache() -> int:
 
 
 def copies_for(weight_bytes: int, warm: bool = False) -> int:
-    """How many copies of a weight exceed the last-level cache: 1 to MOST_COPIES. One, if it is to stay warm."""
-    return 1 if warm else max(1, min(MOST_COPIES, -(-last_level_cache() // max(weight_bytes, 1))))
+    """How many copies of a weight exceed the last-level cache: 1 to MOST_COPIES. One, if it is to stay warm.
+
+    256 MB are enough: 40 contenders have 10 GB then.
+    """
+    exceed = min(last_level_cache(), 256 << 20)
+    return 1 if warm else max(1, min(MOST_COPIES, -(-exceed // max(weight_bytes, 1))))
 
 
 def _cpu_timer(calls, x: torch.Tensor, budget: float) -> float:
@@ -74,22 +80,34 @@ TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer}
 """timer(calls, x, budget): seconds per call over at least `budget` seconds; `calls` never ends."""
 
 
+def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
+    """The copies to be timed, each called once; all results are checked where a call is cheap, else the first."""
+    ready, started = [], time.perf_counter()
+    for call in reversed(contender.calls):
+        y = call(operand)
+        if not ready or len(operand) <= 4:
+            contender.check(operand, y)
+        ready.append(call)
+        if len(ready) >= 4 and time.perf_counter() - started > WARM_UP:
+            break
+    return ready
+
+
 def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, budget: float = 0.03) -> list[dict]:
-    """Rows {name, kernel, seconds, spread, times, ratio, ratio_quartiles}, with one time per round in `times`.
+    """Rows {name, kernel, copies, seconds, spread, times, ratio, ratio_quartiles}, one time per round in `times`.
 
     seconds is the median, spread the interquartile range over it, ratio how many times faster than the first contender,
-    the median of pairs from the same round. Every result is checked before anything is timed: of all copies where a
-    call is cheap, of the last one elsewhere. `check` raises for a wrong one.
+    the median of pairs from the same round. Nothing is timed before every contender was checked; `check` raises for a
+    wrong one.
     """
     inputs = {(c.x_dtype, c.device): x.to(c.device, c.x_dtype) for c in contenders}
     rows, turns = [], []
     with torch.inference_mode():
         for contender in contenders:
-            operand = inputs[contender.x_dtype, contender.device]
-            rows.append({"name": contender.name, "kernel": contender.kernel(len(x)), "times": []})
-            for call in contender.calls if len(x) <= 4 else contender.calls[-1:]:
-                contender.check(operand, call(operand))
-            turns.append(itertools.cycle(contender.calls))
+            kernel = contender.kernel(len(x))
+            ready = _checked(contender, inputs[contender.x_dtype, contender.device])
+            rows.append({"name": contender.name, "kernel": kernel, "copies": len(ready), "times": []})
+            turns.append(itertools.cycle(ready))
         for _ in range(rounds):
             for contender, row, turn in zip(contenders, rows, turns):
                 operand = inputs[contender.x_dtype, contender.device]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -60,25 +61,27 @@ def takes(contender: Contender, m: int) -> bool:
 
 
 def measure(n: int, k: int, options, record) -> None:
-    """All m and thread counts of one shape. Contenders are made for each thread count, which some fix when made."""
+    """All m and thread counts of one shape."""
     weight = Weight(n, k)
-    for threads in options.threads:
+    entered = contenders(weight, options.schemes, options.rivals, options.kernels, options.warm)
+    errors = {contender.name: weight.error(contender) for contender in entered}
+    for threads, m in itertools.product(options.threads, options.m):
         torch.set_num_threads(threads)
-        entered = contenders(weight, options.schemes, options.rivals, options.kernels, options.warm)
-        errors = {contender.name: weight.error(contender) for contender in entered}
-        for m in options.m:
-            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-            ready = [contender for contender in entered if takes(contender, m)]
-            rows = compare(ready, x, rounds=options.rounds, budget=options.budget)
-            for row, contender in zip(rows, ready):
-                row |= {"m": m, "n": n, "k": k, "threads": threads, "error": errors[contender.name]}
-                row |= {"weight_bytes": contender.weight_bytes, "copies": len(contender.calls)}
-                row |= {"unit": contender.unit, "note": contender.note, "load": load()}
-                row |= ceilings(m, n, k, contender)
-                row["gflops"] = 2e-9 * m * n * k / row["seconds"]
-                row["gbps"] = row["bytes"] / row["seconds"] / 1e9
-                row["roofline"] = row["roofline_seconds"] / row["seconds"]
-                record(row)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+        ready = [contender for contender in entered if takes(contender, m)]
+        for row, contender in zip(compare(ready, x, rounds=options.rounds, budget=options.budget), ready):
+            row |= {"m": m, "n": n, "k": k, "threads": threads, "error": errors[contender.name]}
+            row |= {
+                "weight_bytes": contender.weight_bytes,
+                "unit": contender.unit,
+                "note": contender.note,
+                "load": load(),
+            }
+            row |= ceilings(m, n, k, contender, row["copies"])
+            row["gflops"] = 2e-9 * m * n * k / row["seconds"]
+            row["gbps"] = row["bytes"] / row["seconds"] / 1e9
+            row["roofline"] = row["roofline_seconds"] / row["seconds"]
+            record(row)
 
 
 def line(row: dict) -> str:

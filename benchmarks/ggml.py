@@ -151,11 +151,17 @@ def dequantize(rows: torch.Tensor, name: str, k: int) -> torch.Tensor:
     return weight
 
 
+@functools.lru_cache(maxsize=1)
+def result(m: int, n: int) -> torch.Tensor:
+    """Memory for y, one for all copies of a weight."""
+    return torch.zeros(m, n)
+
+
 class Linear:
     """y [m, n] = linear(x [m, k] float32) on quantized rows in one buffer, by torch's number of threads.
 
     The graph of the last x is kept: a call with the same x is one graph computation that copies nothing. y is
-    overwritten by the next call.
+    overwritten by the next call of any.
     """
 
     def __init__(self, rows: torch.Tensor, name: str, k: int, buffer: str = PLAIN):
@@ -178,7 +184,7 @@ class Linear:
         """The graph of one product, whose operand and result lie in torch's memory."""
         self._free_graph()
         ggml, nodes = self.ggml, 4
-        self.x, self.y = x, torch.zeros(len(x), self.n)
+        self.x, self.y = x, result(len(x), self.n)
         self.graph_context = context = self._context(2, ggml.ggml_graph_overhead_custom(nodes, False))
         operand = ggml.ggml_new_tensor_2d(context, F32, self.k, len(x))
         self.product = ggml.ggml_mul_mat(context, self.weight, operand)

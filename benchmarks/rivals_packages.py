@@ -66,19 +66,26 @@ def torchao_int4(weight: Weight, warm: bool = False) -> Contender:
 
 
 class _OnnxLinear:
-    """One session with one MatMulNBits; x and y stay where torch has them."""
+    """A session with one MatMulNBits, made again for another number of threads; x and y stay where torch has them."""
 
     def __init__(self, runtime, model: bytes, n: int):
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        self.runtime, self.model, self.n = runtime, model, n
+        self.x, self.threads = None, 0
+
+    def _start(self):
+        self.threads = torch.get_num_threads()
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
         # As OMP_WAIT_POLICY=passive does for the others: spinning threads would slow the next contender.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.n, self.x = n, None
+        self.session = self.runtime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.threads != torch.get_num_threads():
+            self._start()
+            self.x = None
         if x is not self.x:
-            self.x, self.y = x, torch.empty(len(x), self.n)
+            self.x, self.y = x, ggml.result(len(x), self.n)
             self.binding = self.session.io_binding()
             for bind, name, tensor in (("input", "x", x), ("output", "y", self.y)):
                 place = getattr(self.binding, f"bind_{bind}")

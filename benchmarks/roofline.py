@@ -78,10 +78,10 @@ def peak(unit: str) -> float:
     return _peak(unit, torch.get_num_threads())
 
 
-def ceilings(m: int, n: int, k: int, contender) -> dict:
+def ceilings(m: int, n: int, k: int, contender, copies: int) -> dict:
     """{read_gbps, peak_gflops, roofline_seconds} of one product; the footprint is that of all copies of the weight."""
     moved = contender.weight_bytes + (m * k + m * n) * contender.x_dtype.itemsize
-    reading = read_bandwidth(contender.weight_bytes * len(contender.calls))
+    reading = read_bandwidth(contender.weight_bytes * copies)
     operations = peak(contender.unit)
     bound = max(moved / reading, 2 * m * n * k / operations)
     return {"read_gbps": reading / 1e9, "peak_gflops": operations / 1e9, "roofline_seconds": bound, "bytes": moved}

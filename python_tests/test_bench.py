@@ -115,7 +115,7 @@ def test_the_roofline_is_the_slower_of_reading_and_computing(weight, monkeypatch
     monkeypatch.setattr(roofline, "read_bandwidth", lambda footprint: 1e9)
     monkeypatch.setattr(roofline, "peak", lambda unit: 1e12)
     contender = bench.Contender("c", [None], None, weight_bytes=10**6)
-    one = roofline.ceilings(1, 1000, 1000, contender)
-    many = roofline.ceilings(10**4, 1000, 1000, contender)
+    one = roofline.ceilings(1, 1000, 1000, contender, 2)
+    many = roofline.ceilings(10**4, 1000, 1000, contender, 2)
     assert one["roofline_seconds"] == (10**6 + 8000) / 1e9 and one["bytes"] == 1008000
     assert many["roofline_seconds"] == (10**6 + 8e7) / 1e9
