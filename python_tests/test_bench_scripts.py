@@ -49,8 +49,9 @@ def row(name: str, times: list[float], m: int = 1) -> dict:
 
 def test_ours_are_compared_with_the_fastest_of_a_kind():
     """The product without its quantization is no rival, and a row without times has no pairs."""
-    rows = [row("oneDNN int8 (packed)", [4.0, 8.0, 4.0]), row("oneDNN int8 (_int_mm)", [5.0, 10.0, 5.0]),
-            row("oneDNN int8 (packed, product only)", [1.0] * 3), row("llama.cpp Q4_0 [CPU]", [3.0] * 3, m=2)]  # fmt: skip
+    times = {"packed": [4.0, 8.0, 4.0], "_int_mm": [5.0, 10.0, 5.0], "packed, product only": [1.0, 1.0, 1.0]}
+    rows = [row(f"oneDNN int8 ({kind})", each) for kind, each in times.items()]
+    rows.append(row("llama.cpp Q4_0 [CPU]", [3.0, 3.0, 3.0], m=2))
     ours, among = row("llm-fp4", [2.0, 4.0, 2.0]), tables_speed.REFERENCES
     assert tables_speed.faster(ours, rows, among["oneDNN int8"]) == 2.0
     assert tables_speed.faster(ours, rows, among["llama.cpp"]) is None
