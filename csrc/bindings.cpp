@@ -52,7 +52,8 @@ public:
              scale_kind_of(scale),
              pointer<uint8_t>(group_scale),
              group_size,
-             group_size ? (k + group_size - 1) / group_size : 0},
+             group_size ? (k + group_size - 1) / group_size : 0,
+             x_factor != 0},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
         const float* of_input = pointer<float>(x_factor);
@@ -94,7 +95,7 @@ public:
         if (inverse_.empty())
             kernel.w4a16(w_, factor_.data(), call);
         else
-            kernel.w4a4(w_, a_, call);
+            (w_.groups ? kernel.w4a8_grouped : kernel.w4a4)(w_, a_, call);
     }
 
 private:

@@ -172,16 +172,20 @@ class Dynamic:
         return element.max_integer * (element.max_factor if self.group_scale == INTEGER else 1)
 
 
-def is_integer_product(activation: Element | None, scale: Scale | None, dynamic: Dynamic | None, shift: bool) -> bool:
-    """Whether a product of such activations and weights (group scale `scale`) is one sum of integers.
-
-    The integers are int8 ones; those of E3M0 with a shift take two int8 planes.
-    """
-    if activation is None or scale is not None:
-        return False
+def int8_planes(activation: Element | None, dynamic: Dynamic | None, shift: bool) -> int:
+    """How many int8 numbers hold one activation as an integer: 1; 2 for E3M0 with a shift; 0 where it is none."""
+    if activation is None:
+        return 0
     if dynamic is not None:
-        return dynamic.integer and dynamic.largest_integer(activation) <= INT8_MAX
-    return activation.bits == 4 or (not shift and activation.max_integer <= INT8_MAX)
+        return int(dynamic.integer and dynamic.largest_integer(activation) <= INT8_MAX)
+    if activation.max_integer << (activation.max_shift if shift else 0) <= INT8_MAX:
+        return 1
+    return 2 if activation.bits == 4 else 0
+
+
+def is_integer_product(activation: Element | None, scale: Scale | None, dynamic: Dynamic | None, shift: bool) -> bool:
+    """Whether a product of such activations and weights (group scale `scale`) is one sum of integers."""
+    return scale is None and int8_planes(activation, dynamic, shift) > 0
 
 
 @dataclass(frozen=True)
@@ -246,9 +250,11 @@ RECIPES = {
         Recipe("minmax-int-w4a16", (E1M2,), source=f"{_PAPER}, MinMax INT baseline, rows 4/4/16"),
         Recipe("mxfp4", **_MXFP4),
         Recipe("mxfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=Dynamic(32, E8M0), **_MXFP4),
+        Recipe("mxfp4-a8-int", activation_elements=(_INT8,), dynamic=_TOKEN, **_MXFP4),
         Recipe("mxfp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(32, E8M0), **_MXFP4),
         Recipe("nvfp4", **_NVFP4),
         Recipe("nvfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=_TOKEN, **_NVFP4),
+        Recipe("nvfp4-a8-int", activation_elements=(_INT8,), dynamic=_TOKEN, **_NVFP4),
         Recipe("nvfp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(16, E4M3), **_NVFP4),
         Recipe("int4", **_INT4),
         Recipe("int4-a8", activation_elements=(_INT8,), dynamic=_TOKEN, **_INT4),

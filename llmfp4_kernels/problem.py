@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from .formats import E2M1, Dynamic, Element, Recipe, Scale, is_integer_product
+from .formats import E2M1, Dynamic, Element, Recipe, Scale, int8_planes, is_integer_product
 from .packed import PackedFP4
 
 
@@ -57,6 +57,11 @@ class Problem:
     def integer(self) -> bool:
         """Whether the product is one sum of integers."""
         return is_integer_product(self.activation, self.scale, self.dynamic, self.shift)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is one sum of int8 products for each group of weights, times the group's scale."""
+        return self.scale is not None and int8_planes(self.activation, self.dynamic, self.shift) == 1
 
     @property
     def scheme(self) -> str:

@@ -8,7 +8,7 @@ from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random
 
 from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends.cpu import KERNELS, Prepared, largest_k
-from llmfp4_kernels.formats import E1M2, E2M1, E3M0, FP4_ELEMENTS
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, FP4_ELEMENTS
 from llmfp4_kernels.problem import Problem
 from llmfp4_kernels.registry import choose
 
@@ -62,6 +62,17 @@ def test_w4a16_within_summation_bound(kernel, group, threads):
             assert ((y.double() - exact).abs() <= bound).all(), (m, n, k, element.name, dtype)
             threads(2)
             assert same_bits(prepared.run(kernel, x), y), "the split over threads changed the bits"
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_w4a16_multiplies_x_factor_in_fp32(kernel, dtype):
+    packed, x = random_packed(33, 70, E2M1), random_x(20, 70, dtype)
+    packed.x_factor = torch.rand(70) + 0.3
+    smoothed = x.float() * packed.x_factor
+    y = Prepared(packed, None).run(kernel, x)
+    expected = Prepared(random_packed(33, 70, E2M1), None).run(kernel, smoothed)
+    assert same_bits(y, expected.to(dtype))
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
@@ -129,7 +140,9 @@ def test_kernels_refuse_what_they_cannot_do():
     assert "cuda" in refuse(device="cuda")
     assert "float64" in refuse(dtype=torch.float64)
     assert "12" in refuse(scale=GROUP_SCALES[1][0], group_size=12)
-    assert "no sum of integers" in refuse(scale=GROUP_SCALES[1][0], group_size=32, activation=E2M1)
+    assert "no sum of int8 products" in refuse(scale=E4M3, group_size=32, activation=E3M0, shift=True)
+    over = dict(scale=E4M3, group_size=1 << 24, activation=E2M1, k=1 << 24)
+    assert "16777216 inputs" in kernel.refusal(Problem(m=1, n=16, element=E2M1, **over))
     limit = largest_k(E2M1, E2M1, True)
     assert limit == (2**31 - 1) // (12 * 96)
     over = Problem(m=1, n=16, k=limit + 1, element=E2M1, activation=E2M1, shift=True)

@@ -82,4 +82,5 @@ def test_calibration_is_needed_exactly_by_searched_and_static_recipes():
     assert without == {
         *("minmax-w4a16", "minmax-int-w4a16"),
         *(f"{weights}{activations}" for weights in ("mxfp4", "nvfp4", "int4") for activations in ("", "-a4", "-a8")),
+        *("mxfp4-a8-int", "nvfp4-a8-int"),
     }

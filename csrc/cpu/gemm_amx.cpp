@@ -1,11 +1,11 @@
 // The equations of gemm_w4a4.h and gemm_w4a16.h on AMX tiles, for enough rows to fill them.
 //
 // W4A16 multiplies in bf16 without rounding anything: every element times group scale is exact in bf16 (≤ 6 significant
-// bits), and an activation is the exact sum of 1 (bf16), 2 (fp16) or 3 (fp32) bf16 parts, each multiplied with the same
-// decoded weights.
+// bits), and activations are sums of bf16 parts (parts.h), each multiplied with the same decoded weights.
 #include "amx.h"
-#include "gemm_w4a16.h"
+#include "gemm_grouped.h"
 #include "kernels.h"
+#include "parts.h"
 
 namespace llmfp4::cpu {
 namespace amx {
@@ -104,51 +104,19 @@ inline void integer_task(const Weights& w, const Activation& a, const Call& call
     finish_rows(w, a, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane, table.offset);
 }
 
-// bf16 parts of the activations: part p of row m at (p·m_padded + m)·ld.
-struct PartRows {
-    char* at;
-    size_t ld, part_stride;
-    int parts;
-};
-
-template <int parts, class T>
-inline void split_row(const T* __restrict x, int k, int padded_k, const float* __restrict factor, uint16_t* out,
-                      size_t part_stride) {
-    uint16_t* __restrict first = out;
-    uint16_t* __restrict second = out + part_stride;
-    uint16_t* __restrict third = out + 2 * part_stride;
-    for (int i = 0; i < k; ++i) {
-        const float value = to_float(x[i]) * factor[i];
-        first[i] = float_to_bf16(value);
-        if constexpr (parts > 1) second[i] = float_to_bf16(value - bf16_to_float(first[i]));
-        if constexpr (parts > 2) third[i] = float_to_bf16(value - bf16_to_float(first[i]) - bf16_to_float(second[i]));
-    }
-    for (int p = 0; p < parts; ++p)
-        for (int i = k; i < padded_k; ++i) out[p * part_stride + i] = 0;
-}
-
-// How many bf16 numbers of 8 significant bits hold one number of this type: 8, 11 or 24 bits.
-template <class T>
-constexpr int parts_of = 3;
-template <>
-constexpr int parts_of<Fp16> = 2;
-template <>
-constexpr int parts_of<Bf16> = 1;
-
-inline PartRows split_rows(const Weights& w, const float* x_factor, const Call& call) {
+inline PartRows integers_to_bf16(const Weights& w, const Call& call, const IntegerRows& integers) {
     PartRows x;
-    const size_t padded_k = w.at.padded_k(), rows = round_up(call.m, 16);
-    with_dtype(call.dtype, [&](auto type) { x.parts = parts_of<decltype(type)>; });
+    const size_t padded_k = w.at.padded_k();
+    x.parts = 1;
     x.ld = spread_stride(padded_k * 2);
-    x.part_stride = rows * x.ld;
-    x.at = static_cast<char*>(workspace(slot_rows, (x.parts * rows + 16) * x.ld));  // whole tiles may be read
-    with_dtype(call.dtype, [&](auto type) {
-        const auto* source = static_cast<const decltype(type)*>(call.x);
-        parallel_ranges(call.threads, call.m, [&](long begin, long end) {
-            for (long m = begin; m < end; ++m)
-                split_row<parts_of<decltype(type)>>(source + m * call.ldx, w.at.k, int(padded_k), x_factor,
-                                                    reinterpret_cast<uint16_t*>(x.at + m * x.ld), x.part_stride / 2);
-        });
+    x.part_stride = 0;
+    x.at = static_cast<char*>(workspace(slot_sums, (round_up(call.m, 16) + 16) * x.ld));  // whole tiles may be read
+    parallel_ranges(call.threads, call.m, [&](long begin, long end) {
+        for (long m = begin; m < end; ++m) {
+            const int8_t* __restrict from = integers.row(int(m));
+            auto* __restrict to = reinterpret_cast<uint16_t*>(x.at + m * x.ld);
+            for (size_t i = 0; i < padded_k; ++i) to[i] = uint16_t(bits_of(float(from[i])) >> 16);
+        }
     });
     return x;
 }
@@ -176,8 +144,9 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
         }
 }
 
-inline void float_task(const Weights& w, const Call& call, const PartRows& x, const FloatTable& table, int m0, int m,
-                       int tile, int tiles) {
+// x_scale [m], or null where the activations are themselves.
+inline void float_task(const Weights& w, const Call& call, const PartRows& x, const float* x_scale,
+                       const FloatTable& table, int m0, int m, int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     auto* sums =
         static_cast<float*>(workspace(slot_accumulators, (size_t(m) + 15) / 16 * 16 * sums_ld * sizeof(float)));
@@ -186,10 +155,10 @@ inline void float_task(const Weights& w, const Call& call, const PartRows& x, co
     for (int s = 0; s < total; s += panel_steps) {
         const int steps = total - s < panel_steps ? total - s : panel_steps;
         decode_bf16_panel(w, table, tile, tiles, size_t(s) * k_of_step / tile_k, steps * k_of_step / tile_k, panel);
-        multiply_panel<Bf16Pairs>(x.at + m0 * x.ld + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles,
-                                  steps, reinterpret_cast<char*>(sums), s == 0);
+        multiply_panel<Bf16Pairs>(x.row(m0) + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles, steps,
+                                  reinterpret_cast<char*>(sums), s == 0);
     }
-    finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
+    finish_float_rows(w, call, x_scale, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
 }
 
 }  // namespace amx
@@ -202,11 +171,22 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
     });
 }
 
+// An int8 number is one in bf16, and so is an integer element times its group's scale (6 significant bits).
+void w4a8_grouped_amx(const Weights& w, const Activation& a, const Call& call) {
+    const amx::IntegerRows integers = amx::quantize_rows(w, a, call);
+    const amx::PartRows x = amx::integers_to_bf16(w, call, integers);
+    const amx::FloatTable table = amx::float_table(w.element, float(w.element.integer_scale()));
+    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+        amx::float_task(w, call, x, integers.scale, table, m0, m, tile, tiles);
+    });
+}
+
 void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
     const amx::PartRows x = amx::split_rows(w, x_factor, call);
     const amx::FloatTable table = amx::float_table(w.element);
-    amx::for_blocks(
-        w, call, [&](int m0, int m, int tile, int tiles) { amx::float_task(w, call, x, table, m0, m, tile, tiles); });
+    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+        amx::float_task(w, call, x, nullptr, table, m0, m, tile, tiles);
+    });
 }
 
 }  // namespace llmfp4::cpu

@@ -1,10 +1,12 @@
-#include "gemm_w4a16.h"
-#include "gemm_w4a4.h"
+#include "gemm_grouped.h"
 #include "kernels.h"
 
 namespace llmfp4::cpu {
 
 void w4a4_avx512vnni(const Weights& w, const Activation& a, const Call& call) { avx512vnni::w4a4(w, a, call); }
+void w4a8_grouped_avx512vnni(const Weights& w, const Activation& a, const Call& call) {
+    avx512vnni::w4a8_grouped(w, a, call);
+}
 void w4a16_avx512vnni(const Weights& w, const float* x_factor, const Call& call) {
     avx512vnni::w4a16(w, x_factor, call);
 }

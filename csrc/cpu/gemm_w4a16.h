@@ -13,9 +13,9 @@ struct FloatRows {
     const float* row(int r) const { return at + r * ld; }
 };
 
-inline FloatTable float_table(Element e) {
+inline FloatTable float_table(Element e, float unit = 1.0f) {
     float table[16];
-    for (int code = 0; code < 16; ++code) table[code] = e.value(code);
+    for (int code = 0; code < 16; ++code) table[code] = e.value(code) * unit;
     return FloatTable(table);
 }
 
@@ -35,40 +35,45 @@ inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Cal
     return x;
 }
 
-inline void finish_float_rows(const Weights& w, const Call& call, int m0, int rows, int n0, int count,
-                              const float* sums, size_t ld) {
+// x_scale [m], or null where the activations are themselves.
+inline void finish_float_rows(const Weights& w, const Call& call, const float* x_scale, int m0, int rows, int n0,
+                              int count, const float* sums, size_t ld) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         for (int r = 0; r < rows; ++r)
-            finish_float_row(sums + r * ld, w.row_scale + n0, w.bias ? w.bias + n0 : nullptr,
-                             static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0, count);
+            finish_float_row(sums + r * ld, x_scale ? x_scale[m0 + r] : 1.0f, w.row_scale + n0,
+                             w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0,
+                             count);
     });
 }
 
-template <int MT, int nibble>
-inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+template <int chains, int MT, int nibble>
+inline void multiply_column(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[chains][MT]) {
     const F32 column = decode_column<nibble>(codes, table);
-    each<MT>([&](int i) { acc[nibble % 2][i] = fma(acc[nibble % 2][i], column, xs + i * ldx + k_of_nibble(nibble)); });
+    constexpr int c = nibble % chains;
+    each<MT>([&](int i) { acc[c][i] = fma(acc[c][i], column, xs + i * ldx + k_of_nibble(nibble)); });
 }
 
 // MT rows times one tile of 8 inputs.
-template <int MT>
-inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[2][MT]) {
+template <int chains, int MT>
+inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx,
+                          F32 (&acc)[chains][MT]) {
     const Tile codes = load_tile(at);
-    multiply_column<MT, 0>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 1>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 2>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 3>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 4>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 5>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 6>(codes, table, xs, ldx, acc);
-    multiply_column<MT, 7>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 0>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 1>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 2>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 3>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 4>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 5>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 6>(codes, table, xs, ldx, acc);
+    multiply_column<chains, MT, 7>(codes, table, xs, ldx, acc);
 }
 
 // MT rows times NT tiles of 16 outputs, all of k, one group after the other.
 template <int MT, int NT>
 inline void multiply_float_fused(const Weights& w, const FloatTable& table, const FloatRows& x, int row, int tile,
                                  float* sums, size_t ld) {
+    constexpr int chains = MT * NT <= most_chained ? 2 : 1;
     const size_t tiles_k = w.at.tiles_k();
     const bool grouped = w.scale_kind != ScaleKind::none;
     const size_t group_tiles = grouped ? w.group_size / tile_k : tiles_k;
@@ -77,21 +82,24 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
     for (size_t group = 0, begin = 0; begin < tiles_k; ++group, begin += group_tiles) {
         if (grouped && int(group) >= w.groups) break;  // only padding is left
         const size_t end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
-        F32 acc[NT][2][MT];
-        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][1][i] = f32_zero(); });
+        F32 acc[NT][chains][MT];
+        each<NT, MT>([&](int t, int i) { acc[t][0][i] = acc[t][chains - 1][i] = f32_zero(); });
         for (size_t kt = begin; kt < end; ++kt)
             each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
-                prefetch(at + 16 * tile_bytes);
-                multiply_tile<MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
+                prefetch_codes(at);
+                multiply_tile<chains, MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             });
+        each<NT, MT>([&](int t, int i) {
+            if (chains == 2) acc[t][0][i] = add(acc[t][0][i], acc[t][chains - 1][i]);
+        });
         each<NT>([&](int t) {
             if (!grouped) {
-                each<MT>([&](int i) { total[t][i] = add(acc[t][0][i], acc[t][1][i]); });
+                each<MT>([&](int i) { total[t][i] = acc[t][0][i]; });
                 return;
             }
             const F32 scale = load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + group) * tile_n);
-            each<MT>([&](int i) { total[t][i] = fma(total[t][i], add(acc[t][0][i], acc[t][1][i]), scale); });
+            each<MT>([&](int i) { total[t][i] = fma(total[t][i], acc[t][0][i], scale); });
         });
     }
     each<NT, MT>([&](int t, int i) { store(sums + i * ld + t * tile_n, total[t][i]); });
@@ -147,15 +155,15 @@ inline void multiply_float_panel(const float* panel, size_t k_stride, int k, con
 
 inline void few_float(const Weights& w, const Call& call, const FloatRows& x, int begin, int end) {
     const FloatTable table = float_table(w.element);
-    constexpr size_t ld = fused_tiles * tile_n;
-    float sums[few_rows * ld];
+    constexpr size_t ld = float_fused_tiles * tile_n;
+    float sums[few_float_rows * ld];
     for (int tile = begin; tile < end;)
-        tile += with_block<2>(end - tile, [&](auto nt) {
+        tile += with_block<float_fused_tiles>(end - tile, [&](auto nt) {
             for (int row = 0; row < call.m;)
                 row += with_block<fused_rows>(call.m - row, [&](auto mt) {
                     multiply_float_fused<mt, nt>(w, table, x, row, tile, sums + row * ld, ld);
                 });
-            finish_float_rows(w, call, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
+            finish_float_rows(w, call, nullptr, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
         });
 }
 
@@ -176,25 +184,18 @@ inline void many_float(const Weights& w, const Call& call, const FloatRows& x, i
                 });
         });
     }
-    finish_float_rows(w, call, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
+    finish_float_rows(w, call, nullptr, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
 }
 
 inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
     const FloatRows x = convert_rows(w, x_factor, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
-    if (call.m <= few_rows)
+    if (call.m <= few_float_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task,
-               blocks_n = (tiles + float_tiles - 1) / float_tiles;
-    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
-        for (long task = begin; task < end; ++task) {
-            const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * float_tiles;
-            const int m = call.m - m0 < rows_per_task ? call.m - m0 : rows_per_task;
-            many_float(w, call, x, m0, m, tile, tiles - tile < float_tiles ? tiles - tile : float_tiles, table);
-        }
-    });
+    for_panels(threads, call.m, tiles, float_tiles,
+               [&](int m0, int m, int tile, int count) { many_float(w, call, x, m0, m, tile, count, table); });
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -113,7 +113,7 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
     for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
         each<NT>([&](int t) {
             const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
-            prefetch(at + 16 * tile_bytes);
+            prefetch_codes(at);
             const Tile codes_16x8 = load_tile(at);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
             each<MT>([&](int i) {
@@ -217,21 +217,28 @@ inline int useful_threads(const Weights& w, const Call& call) {
     return work < call.threads ? (work < 1 ? 1 : int(work)) : call.threads;
 }
 
+// task(m0, rows, tile, tiles) for blocks of at most rows_per_task rows and `width` tiles; those of the same tiles
+// follow each other.
+template <class F>
+inline void for_panels(int threads, int m, int tiles, int width, F&& task) {
+    const long blocks_m = (m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + width - 1) / width;
+    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) {
+            const int m0 = int(i % blocks_m) * rows_per_task, tile = int(i / blocks_m) * width;
+            task(m0, m - m0 < rows_per_task ? m - m0 : rows_per_task, tile,
+                 tiles - tile < width ? tiles - tile : width);
+        }
+    });
+}
+
 inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     const IntegerRows x = quantize_rows(w, a, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
     if (x.rows() <= few_rows)
         return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, a, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
-    const long blocks_m = (call.m + rows_per_task - 1) / rows_per_task,
-               blocks_n = (tiles + panel_tiles - 1) / panel_tiles;
-    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
-        for (long task = begin; task < end; ++task) {
-            const int m0 = int(task % blocks_m) * rows_per_task, tile = int(task / blocks_m) * panel_tiles;
-            const int m = call.m - m0 < rows_per_task ? call.m - m0 : rows_per_task;
-            many(w, a, call, x, m0, m, tile, tiles - tile < panel_tiles ? tiles - tile : panel_tiles, table);
-        }
-    });
+    for_panels(threads, call.m, tiles, panel_tiles,
+               [&](int m0, int m, int tile, int count) { many(w, a, call, x, m0, m, tile, count, table); });
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

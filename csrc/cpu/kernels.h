@@ -5,13 +5,17 @@
 namespace llmfp4::cpu {
 
 void w4a4_scalar(const Weights&, const Activation&, const Call&);
+void w4a8_grouped_scalar(const Weights&, const Activation&, const Call&);
 void w4a16_scalar(const Weights&, const float* x_factor, const Call&);
 #if LLMFP4_X86
 void w4a4_avx2(const Weights&, const Activation&, const Call&);
+void w4a8_grouped_avx2(const Weights&, const Activation&, const Call&);
 void w4a16_avx2(const Weights&, const float* x_factor, const Call&);
 void w4a4_avx512vnni(const Weights&, const Activation&, const Call&);
+void w4a8_grouped_avx512vnni(const Weights&, const Activation&, const Call&);
 void w4a16_avx512vnni(const Weights&, const float* x_factor, const Call&);
 void w4a4_amx(const Weights&, const Activation&, const Call&);
+void w4a8_grouped_amx(const Weights&, const Activation&, const Call&);
 void w4a16_amx(const Weights&, const float* x_factor, const Call&);
 #endif
 

@@ -21,6 +21,7 @@ struct Weights {
     ScaleKind scale_kind;
     const uint8_t* group_scale;  // [n/16][groups][16] or null
     int group_size, groups;
+    bool smoothed;  // the activations are multiplied by an x_factor that is no power of two
 };
 
 constexpr int dynamic_group_limit = 256;
@@ -46,13 +47,14 @@ struct Call {
     int threads;
 };
 
-// One instruction set. w4a4 takes weights without group scales; w4a16 takes everything.
+// One instruction set. w4a4 takes weights without group scales, w4a8_grouped those with them; w4a16 takes everything.
 struct Kernels {
     const char* name;
     const char* needs;  // CPU features, as /proc/cpuinfo writes them
     bool (*supported)();
     int w4a4_from_m, w4a16_from_m;  // fewest rows it is meant for; -1: not offered
     void (*w4a4)(const Weights&, const Activation&, const Call&);
+    void (*w4a8_grouped)(const Weights&, const Activation&, const Call&);
     void (*w4a16)(const Weights&, const float* x_factor,
                   const Call&);  // x_factor [padded k]: 2^-shift, 0 in the padding
 };

@@ -81,10 +81,10 @@ inline void finish_integer_row(const int32_t* __restrict low, int32_t low_start,
 }
 
 template <class T>
-inline void finish_float_row(const float* __restrict sums, const float* __restrict row_scale,
+inline void finish_float_row(const float* __restrict sums, float x_scale, const float* __restrict row_scale,
                              const float* __restrict bias, T* __restrict y, int count) {
     for (int i = 0; i < count; ++i) {
-        const float scaled = sums[i] * row_scale[i];
+        const float scaled = sums[i] * x_scale * row_scale[i];
         y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);
     }
 }

@@ -93,16 +93,13 @@ def _refusal(isa: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.group_size % 8:
         return f"group size {problem.group_size} is no multiple of 8"
-    if problem.activation and problem.scale:
-        return f"{problem.scheme} with {problem.scale.name} scales per {problem.group_size} is no sum of integers"
-    if problem.activation and not problem.integer:
+    if problem.activation and not (problem.integer or problem.grouped):
         return f"{problem.scheme} with {problem.activation.name} activations is no sum of int8 products"
     if problem.activation:
         limit = largest_k(problem.element, problem.activation, problem.shift, problem.dynamic)
-        if problem.k > limit:
-            return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
-    elif problem.x_factor and isa == "amx" and problem.dtype != torch.float32:
-        return f"{problem.dtype} activations times x_factor are no {problem.dtype} numbers, which its tiles hold"
+        terms = min(problem.k, problem.group_size or problem.k)
+        if terms > limit:
+            return f"sums over {terms} inputs may overflow int32, the limit for these elements is {limit}"
     from_m = row["w4a4_from_m" if problem.activation else "w4a16_from_m"]
     return f"m = {problem.m} is below {from_m}, where its tiles fill" if problem.m < from_m else None
 

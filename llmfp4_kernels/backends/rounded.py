@@ -56,7 +56,7 @@ def _inner(problem: Problem) -> Kernel | None:
 def refusal(problem: Problem) -> str | None:
     if native.problem_with_module():
         return native.problem_with_module()
-    if problem.activation is None or problem.integer:
+    if problem.activation is None or problem.integer or problem.grouped:
         return "rounds activations that no integer kernel multiplies, these are not such"
     if problem.dtype not in cpu.DTYPES:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, cpu.DTYPES))}"

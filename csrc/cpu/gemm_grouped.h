@@ -1,0 +1,160 @@
+// Y[m,n] = ((Σ_g fp32(Σ_{k in g} xi[m,k] · wi[n,k]) · group_scale[n,g]) · x_scale[m]) · row_scale[n] + bias[n]: int8
+// activations and weights with a scale per group.
+//
+// Sums of a group are exact in int32. Below 2^20 (E2M1 and int8: groups up to 688) their products with a scale of 4
+// significant bits are exact, too, so only the sum over groups rounds, in their order: the same bits whatever the
+// instruction set, the number of rows and the split.
+#pragma once
+#include "gemm_w4a16.h"
+
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+// -offset · Σ_{k in g} xi[m,k]: what the sum of group g of row m starts at, see IntegerTable. [rows][groups]
+struct GroupStarts {
+    int32_t* at;
+    int groups;
+    const int32_t* row(int r) const { return at + size_t(r) * groups; }
+};
+
+inline GroupStarts group_starts(const Weights& w, const Call& call, const IntegerRows& x, int offset) {
+    GroupStarts starts{static_cast<int32_t*>(workspace(slot_sums, x.rows() * size_t(w.groups) * sizeof(int32_t))),
+                       w.groups};
+    const int threads = long(call.m) * w.at.k < 65536 ? 1 : call.threads;
+    parallel_ranges(threads, x.rows(), [&](long begin, long end) {
+        for (int r = int(begin); r < int(end); ++r)
+            for (int g = 0; g < w.groups; ++g) {
+                const int first = g * w.group_size, left = w.at.k - first;
+                const int8_t* row = x.row(r) + first;
+                int32_t sum = 0;
+                for (int i = 0; i < (left < w.group_size ? left : w.group_size); ++i) sum += row[i];
+                starts.at[size_t(r) * w.groups + g] = -offset * sum;
+            }
+    });
+    return starts;
+}
+
+// MT rows times NT adjacent tiles of 16 outputs, all of k, decoded on the way.
+template <int MT, int NT>
+inline void multiply_grouped_fused(const Weights& w, const IntegerTable& table, const IntegerRows& x,
+                                   const GroupStarts& starts, int row, int tile, float* sums, size_t ld) {
+    const size_t tiles_k = w.at.tiles_k(), group_tiles = w.group_size / tile_k;
+    F32 total[MT][NT];
+    each<MT, NT>([&](int i, int t) { total[i][t] = f32_zero(); });
+    const uint8_t* codes = w.codes + tile * tiles_k * tile_bytes;
+    const uint8_t* scales = w.group_scale + size_t(tile) * w.groups * tile_n;
+    for (int g = 0; g < w.groups; ++g) {
+        const size_t begin = g * group_tiles, end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
+        I32 acc[MT][NT];
+        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts.row(row + i)[g]); });
+        for (size_t kt = begin; kt < end; ++kt) {
+            const int8_t* xs = x.row(row) + kt * tile_k;
+            each<NT>([&](int t) {
+                const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
+                prefetch_codes(at);
+                const Tile codes_16x8 = load_tile(at);
+                const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
+                each<MT>(
+                    [&](int i) { acc[i][t] = dot4(dot4(acc[i][t], low, xs + i * x.ld), high, xs + i * x.ld + 4); });
+            });
+        }
+        each<NT>([&](int t) {
+            const F32 scale = load_scales(w.scale_kind, scales + (size_t(t) * w.groups + g) * tile_n);
+            each<MT>([&](int i) { total[i][t] = fma(total[i][t], to_float(acc[i][t]), scale); });
+        });
+    }
+    each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, total[i][t]); });
+}
+
+// The groups of a stretch of k: decoded bytes [tiles][k4][64] with tile_stride, scales [groups][tiles][16].
+struct GroupPanel {
+    const uint8_t* bytes;
+    size_t tile_stride;
+    const float* scales;
+    int tiles, k4, group_k4;
+};
+
+// MT rows times NT tiles of a panel; adds to sums. `starts` are those of the panel's first group.
+template <int MT, int NT>
+inline void multiply_grouped_panel(const GroupPanel& p, const int32_t* starts, int groups, const int8_t* xs, size_t ldx,
+                                   float* sums, size_t ld) {
+    F32 total[MT][NT];
+    each<MT, NT>([&](int i, int t) { total[i][t] = load(sums + i * ld + t * tile_n); });
+    for (int g = 0, begin = 0; begin < p.k4; ++g, begin += p.group_k4) {
+        const int end = begin + p.group_k4 < p.k4 ? begin + p.group_k4 : p.k4;
+        I32 acc[MT][NT];
+        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts[size_t(i) * groups + g]); });
+        for (int k4 = begin; k4 < end; ++k4) {
+            Bytes w[NT];
+            each<NT>([&](int t) { w[t] = load_bytes(p.bytes + t * p.tile_stride + size_t(k4) * tile_bytes); });
+            each<MT, NT>([&](int i, int t) { acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * k4); });
+        }
+        const float* scales = p.scales + size_t(g) * p.tiles * tile_n;
+        each<NT>([&](int t) {
+            const F32 scale = load(scales + t * tile_n);
+            each<MT>([&](int i) { total[i][t] = fma(total[i][t], to_float(acc[i][t]), scale); });
+        });
+    }
+    each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, total[i][t]); });
+}
+
+inline void few_grouped(const Weights& w, const Call& call, const IntegerRows& x, const GroupStarts& starts, int begin,
+                        int end) {
+    const IntegerTable table(w.element);
+    constexpr size_t ld = fused_tiles * tile_n;
+    float sums[few_rows * ld];
+    for (int tile = begin; tile < end;)
+        tile += with_block<2>(end - tile, [&](auto nt) {
+            for (int row = 0; row < call.m;)
+                row += with_block<fused_rows>(call.m - row, [&](auto mt) {
+                    multiply_grouped_fused<mt, nt>(w, table, x, starts, row, tile, sums + row * ld, ld);
+                });
+            finish_float_rows(w, call, x.scale, 0, call.m, tile * tile_n, outputs_from(w, tile, nt), sums, ld);
+        });
+}
+
+// One task: rows m0..m0+m times `tiles` (≤ panel_tiles) tiles. A panel holds whole groups.
+inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& x, const GroupStarts& starts, int m0,
+                         int m, int tile, int tiles, const IntegerTable& table) {
+    constexpr size_t ld = panel_tiles * tile_n;
+    const int groups = w.group_size < panel_k ? panel_k / w.group_size : 1, stretch = groups * w.group_size / 4;
+    const size_t tile_stride = size_t(stretch) * tile_bytes;
+    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * (tile_stride + groups * tile_n * 4)));
+    auto* scales = reinterpret_cast<float*>(panel + panel_tiles * tile_stride);
+    auto* sums = static_cast<float*>(workspace(slot_accumulators, m * ld * sizeof(float)));
+    for (size_t i = 0; i < m * ld; ++i) sums[i] = 0.0f;
+    const int total_k4 = int(w.at.padded_k()) / 4;
+    for (int g0 = 0, k4 = 0; g0 < w.groups; g0 += groups, k4 += stretch) {
+        const int chunk = total_k4 - k4 < stretch ? total_k4 - k4 : stretch;
+        const int here = w.groups - g0 < groups ? w.groups - g0 : groups;
+        decode_panel(w, table, tile, tiles, k4 / 2, chunk, panel, tile_stride);
+        for (int g = 0; g < here; ++g)
+            for (int t = 0; t < tiles; ++t)
+                store(scales + (g * tiles + t) * tile_n,
+                      load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + g0 + g) * tile_n));
+        const int group_k4 = w.group_size / 4, k4_end = here * group_k4 < chunk ? here * group_k4 : chunk;
+        const GroupPanel p{panel, tile_stride, scales, tiles, k4_end, group_k4};
+        with_block<panel_tiles>(tiles, [&](auto nt) {
+            for (int r = 0; r < m;)
+                r += with_block<grouped_rows>(m - r, [&](auto mt) {
+                    multiply_grouped_panel<mt, nt>(p, starts.row(m0 + r) + g0, w.groups, x.row(m0 + r) + 4 * k4, x.ld,
+                                                   sums + r * ld, ld);
+                });
+        });
+    }
+    finish_float_rows(w, call, x.scale, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
+}
+
+inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call) {
+    const IntegerRows x = quantize_rows(w, a, call);
+    const IntegerTable table(w.element);
+    const GroupStarts starts = group_starts(w, call, x, table.offset);
+    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    if (call.m <= few_rows)
+        return parallel_ranges(threads, tiles,
+                               [&](long begin, long end) { few_grouped(w, call, x, starts, int(begin), int(end)); });
+    for_panels(threads, call.m, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
+        many_grouped(w, call, x, starts, m0, m, tile, count, table);
+    });
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA

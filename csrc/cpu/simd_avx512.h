@@ -1,0 +1,66 @@
+// The words of simd.h in AVX-512 with VNNI: one register each.
+#pragma once
+#include "simd.h"
+
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+constexpr int panel_rows = 6, panel_tiles = 4, float_rows = 6, float_tiles = 4, grouped_rows = 3;
+constexpr int float_fused_tiles = 2, few_float_rows = 8, most_chained = 8;
+using Tile = __m512i;
+using Bytes = __m512i;
+using I32 = __m512i;
+using F32 = __m512;
+
+struct ByteTable {
+    __m512i entries;
+    explicit ByteTable(const uint8_t (&table)[16])
+        : entries(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)))) {}
+};
+struct FloatTable {
+    __m512 entries;
+    explicit FloatTable(const float (&table)[16]) : entries(_mm512_loadu_ps(table)) {}
+};
+
+inline Tile load_tile(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store_bytes(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
+inline Bytes decode_low(Tile t, const ByteTable& table) {
+    return _mm512_shuffle_epi8(table.entries, _mm512_and_si512(t, _mm512_set1_epi8(15)));
+}
+inline Bytes decode_high(Tile t, const ByteTable& table) {
+    return _mm512_shuffle_epi8(table.entries, _mm512_and_si512(_mm512_srli_epi16(t, 4), _mm512_set1_epi8(15)));
+}
+inline I32 i32_all(int32_t v) { return _mm512_set1_epi32(v); }
+inline I32 load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, I32 v) { _mm512_storeu_si512(p, v); }
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+inline I32 dot4(I32 sum, Bytes w, const int8_t* x) {
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four_bytes(x)));
+}
+
+template <int nibble>
+inline F32 decode_column(Tile t, const FloatTable& table) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(t, 4 * nibble), table.entries);  // reads the low 4 bits of a lane
+}
+inline F32 f32_zero() { return _mm512_setzero_ps(); }
+inline F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 fma(F32 sum, F32 w, F32 x) { return _mm512_fmadd_ps(w, x, sum); }
+inline F32 fma(F32 sum, F32 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
+inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if (kind == ScaleKind::e8m0) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(packed);
+        const __m512i subnormal = _mm512_set1_epi32(0x00400000);
+        const __mmask16 zero = _mm512_testn_epi32_mask(bytes, bytes);
+        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(bytes, 23), zero, subnormal));
+    }
+    const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(packed), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(e4m3_as_half));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA
