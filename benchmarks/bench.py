@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import torch
 
 MOST_COPIES = 128
@@ -94,11 +95,11 @@ def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
 
 
 def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, budget: float = 0.03) -> list[dict]:
-    """Rows {name, kernel, copies, seconds, spread, times, ratio, ratio_quartiles}, one time per round in `times`.
+    """Rows {name, kernel, copies, seconds, spread, times, ratio, ratio_quartiles, others}; `times` has one per round.
 
     seconds is the median, spread the interquartile range over it, ratio how many times faster than the first contender,
-    the median of pairs from the same round. Nothing is timed before every contender was checked; `check` raises for a
-    wrong one.
+    the median of pairs from the same round, others the CPUs that other processes kept busy meanwhile. Nothing is timed
+    before every contender was checked; `check` raises for a wrong one.
     """
     inputs = {(c.x_dtype, c.device): x.to(c.device, c.x_dtype) for c in contenders}
     rows, turns = [], []
@@ -108,11 +109,14 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
             ready = _checked(contender, inputs[contender.x_dtype, contender.device])
             rows.append({"name": contender.name, "kernel": kernel, "copies": len(ready), "times": []})
             turns.append(itertools.cycle(ready))
+        before = machine.cpu_seconds()
         for _ in range(rounds):
             for contender, row, turn in zip(contenders, rows, turns):
                 operand = inputs[contender.x_dtype, contender.device]
                 row["times"].append(TIMERS[contender.device](turn, operand, budget))
+    others = machine.others(before)
     for row in rows:
+        row["others"] = others
         row["seconds"] = statistics.median(row["times"])
         low, _, high = statistics.quantiles(row["times"], n=4)
         row["spread"] = (high - low) / row["seconds"]

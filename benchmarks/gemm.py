@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from adapters import adapters, versions
 from bench import Contender, compare
-from machine import load
 from operands import Weight
 from ours import fp4
 from result_file import recorder
@@ -75,7 +74,6 @@ def measure(n: int, k: int, options, record) -> None:
                 "weight_bytes": contender.weight_bytes,
                 "unit": contender.unit,
                 "note": contender.note,
-                "load": load(),
             }
             row |= ceilings(m, n, k, contender, row["copies"])
             row["gflops"] = 2e-9 * m * n * k / row["seconds"]
@@ -90,6 +88,7 @@ def line(row: dict) -> str:
         f"{row['name']:34} {shape} {row['seconds'] * 1e6:10.1f} us ±{row['spread'] * 100:<3.0f}% {row['ratio']:6.2f}x "
         f"{row['gflops']:8.1f} GFLOP/s {row['gbps']:6.1f} GB/s {row['roofline'] * 100:4.0f}% of roofline, "
         f"error {row['error']:.4f} {row['kernel']}"
+        + (f" ({row['others']} CPUs busy elsewhere)" * (row["others"] > 0.1))
     )
 
 
