@@ -70,11 +70,7 @@ def measure(n: int, k: int, options, record) -> None:
         ready = [contender for contender in entered if takes(contender, m)]
         for row, contender in zip(compare(ready, x, rounds=options.rounds, budget=options.budget), ready):
             row |= {"m": m, "n": n, "k": k, "threads": threads, "error": errors[contender.name]}
-            row |= {
-                "weight_bytes": contender.weight_bytes,
-                "unit": contender.unit,
-                "note": contender.note,
-            }
+            row |= {"weight_bytes": contender.weight_bytes, "unit": contender.unit, "note": contender.note}
             row |= ceilings(m, n, k, contender, row["copies"])
             row["gflops"] = 2e-9 * m * n * k / row["seconds"]
             row["gbps"] = row["bytes"] / row["seconds"] / 1e9

@@ -46,10 +46,10 @@ def _cell(value: float | None, digits: int = 1) -> str:
 
 def _about(key: tuple[int, int, int], rows: list[dict]) -> str:
     (n, k, threads), row = key, max(rows, key=lambda row: row.get("others", 0))
-    copies = ", weights from memory" if row.get("copies", 1) > 1 else ""
+    turns = f", weights in turn over {row['copies'] * row['weight_bytes'] / 1e6:.0f} MB" if "copies" in row else ""
     others = f", {row['others']} CPUs busy with other things" if row.get("others", 0) > 0.1 else ""
     return (
-        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{copies} (`results/gemm.jsonl`, "
+        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{turns} (`results/gemm.jsonl`, "
         f"{where(row)}{others})"
     )
 
@@ -58,7 +58,7 @@ def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     """Everyone's speed over torch fp32 for each m, beside the error against fp32."""
     ms = sorted({row["m"] for row in rows})
     lines = [
-        f"{_about(key, max(rows, key=lambda row: row.get('others', 0)))}: times faster than torch's fp32 linear, median of pairs. Error: of y, relative to "
+        f"{_about(key, rows)}: times faster than torch's fp32 linear, median of pairs. Error: of y, relative to "
         "fp32's.",
         "",
         "| m | error | " + " | ".join(map(str, ms)) + " |",
@@ -75,7 +75,7 @@ def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
 def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     """Ours against the fastest of each kind of rival, with what part of the roofline they reach."""
     lines = [
-        f"{_about(key, max(rows, key=lambda row: row.get('others', 0)))}: our kernels, their share of the roofline and (m = 1) of the bandwidth of reading in "
+        f"{_about(key, rows)}: our kernels, their share of the roofline and (m = 1) of the bandwidth of reading in "
         "the same run, and how many times faster they are than the fastest of each kind, median of pairs.",
         "",
         "| recipe | m | kernel | µs | roofline | bandwidth | " + " | ".join(REFERENCES) + " |",
