@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 
 
-def _best(call: Callable, repeats: int = 5) -> float:
-    """Least seconds of a call."""
+def _best(call: Callable, seconds: float = 0.4) -> float:
+    """Least seconds of a call, of all that fit into `seconds` and at least five."""
     call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    times, started = [], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - started < seconds:
+        before = time.perf_counter()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - before)
     return min(times)
 
 
