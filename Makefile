@@ -1,6 +1,7 @@
 # make demo   set up, build, quantize and run a real language model, print the table (build/demo/report.json, report.png)
 # make test   set up, build, run all tests
 # make lint   ruff and clang-format
+# make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 #                                         (ARGS="--recipes llm-fp4" and the like are passed on)
 PYTHON ?= python3
@@ -9,13 +10,37 @@ PY := $(VENV)/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp python_tests/*.cpp python_tests/ptx/*.h python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
 
-.PHONY: demo test lint format build clean accuracy ablations zero-shot
+.PHONY: demo test lint format build clean bench accuracy ablations zero-shot
 demo: build
 	$(PY) benchmarks/demo.py
 
 # Idle OpenMP threads sleep: spinning ones make small products thousands of times slower beside a busy process.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
+
+# What takes part in every shape; the first one is measured with all rivals and recipes.
+FEW := --rivals torch-bf16 onednn-int8 onednn-int-mm torch-int4 onnxruntime-a8 llama.cpp-mxfp4-cpu_repack \
+       llama.cpp-q4_0-cpu_repack llama.cpp-q4_0-amx llama.cpp-q4_k-cpu_repack llama.cpp-q4_k-amx \
+       --schemes gptq-fp4-a4 gptq-fp4-a8 mxfp4-a8 llm-fp4-a16 llm-fp4-a16:bf16
+RESULTS := benchmarks/results
+
+bench: export OMP_WAIT_POLICY = passive
+bench: build $(VENV)/rivals build/ggml/native
+	rm -f $(RESULTS)/gemm.jsonl $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
+	$(PY) benchmarks/gemm.py --m 1 4 8 16 32 128 512 --rounds 7 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 7 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) --rounds 7 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/model.py --out $(RESULTS)/model.jsonl
+	$(PY) benchmarks/quantize.py --out $(RESULTS)/quantize.jsonl
+	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/figures.py
+
+$(VENV)/rivals: benchmarks/requirements-rivals.txt $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+build/ggml/native build/ggml/avx2: $(VENV)/installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHON="$(abspath $(PY))" benchmarks/build_ggml.sh $(notdir $@)
 
 accuracy ablations: build
 	OMP_WAIT_POLICY=passive $(PY) benchmarks/$@.py $(ARGS)

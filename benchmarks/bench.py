@@ -1,21 +1,25 @@
-"""Measure rivals against each other: correctness first, then A, B, A, B ... on operands that change every call."""
+"""Measure contenders against each other: correctness first, then A, B, A, B ... on weights that change every call."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import machine
 import torch
 
-CACHE_BYTES = 64 << 20
-"""Operands rotate through at least this much memory, so that weights come from beyond the second-level cache."""
+MOST_COPIES = 128
+WARM_UP = 1.0
+"""Seconds of first calls after which no more copies join the rotation, beyond four."""
 
 
 @dataclass
 class Contender:
-    """One way to compute y [m, n] from x [m, k]: several copies of the same weight, to be used in turn."""
+    """One way to compute y [m, n] from x [m, k]: copies of the same weight, to be used in turn."""
 
     name: str
     calls: list[Callable[[torch.Tensor], torch.Tensor]]
@@ -23,56 +27,104 @@ class Contender:
     """check(x, y) raises if y is not what this contender promises for its own operands."""
     x_dtype: torch.dtype = torch.float32
     weight_bytes: int = 0
+    """Of one copy, scales included."""
+    unit: str = "fp32"
+    """What multiplies, a name in roofline.PEAKS."""
+    note: str = ""
+    """What a reader must know to compare its times with others'."""
+    device: str = "cpu"
+    kernel: Callable[[int], str] = lambda m: ""
+    """What runs for m rows; asked before these are timed."""
 
 
-def copies_for(weight_bytes: int) -> int:
-    """How many copies of a weight make up CACHE_BYTES: 1 to 64."""
-    return max(1, min(64, -(-CACHE_BYTES // max(weight_bytes, 1))))
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the CPU reports; 64 MiB where it reports none."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
 
-def _time(contender: Contender, x: torch.Tensor, budget: float) -> float:
-    """Seconds per call over a stretch of at least `budget` seconds."""
-    calls, count, started = contender.calls, 0, time.perf_counter()
+def copies_for(weight_bytes: int, warm: bool = False) -> int:
+    """How many copies of a weight exceed the last-level cache: 1 to MOST_COPIES. One, if it is to stay warm.
+
+    256 MB are enough: 40 contenders have 10 GB then.
+    """
+    exceed = min(last_level_cache(), 256 << 20)
+    return 1 if warm else max(1, min(MOST_COPIES, -(-exceed // max(weight_bytes, 1))))
+
+
+def _cpu_timer(calls, x: torch.Tensor, budget: float) -> float:
+    count, started = 0, time.perf_counter()
     while True:
-        calls[count % len(calls)](x)
+        next(calls)(x)
         count += 1
         elapsed = time.perf_counter() - started
         if elapsed >= budget:
             return elapsed / count
 
 
-def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, budget: float = 0.03) -> list[dict]:
-    """Rows {name, seconds (median), spread (interquartile / median), ratio to the first contender: median of pairs}.
+def _cuda_timer(calls, x: torch.Tensor, budget: float) -> float:
+    """Calls are queued in batches, so that the GPU never waits for Python."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    count, seconds = 0, 0.0
+    while seconds < budget:
+        began.record()
+        for call in itertools.islice(calls, 20):
+            call(x)
+        ended.record()
+        ended.synchronize()
+        count, seconds = count + 20, seconds + began.elapsed_time(ended) / 1e3
+    return seconds / count
 
-    Every contender's result is checked before anything is timed; `check` raises for a wrong one.
+
+TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer}
+"""timer(calls, x, budget): seconds per call over at least `budget` seconds; `calls` never ends."""
+
+
+def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
+    """The copies to be timed, each called once; all results are checked where a call is cheap, else the first."""
+    ready, started = [], time.perf_counter()
+    for call in reversed(contender.calls):
+        y = call(operand)
+        if not ready or len(operand) <= 4:
+            contender.check(operand, y)
+        ready.append(call)
+        if len(ready) >= 4 and time.perf_counter() - started > WARM_UP:
+            break
+    return ready
+
+
+def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, budget: float = 0.03) -> list[dict]:
+    """Rows {name, kernel, copies, seconds, spread, times, ratio, ratio_quartiles, others}; `times` has one per round.
+
+    seconds is the median, spread the interquartile range over it, ratio how many times faster than the first contender,
+    the median of pairs from the same round, others the CPUs that other processes kept busy meanwhile. Nothing is timed
+    before every contender was checked; `check` raises for a wrong one.
     """
-    inputs = {c.name: x.to(c.x_dtype) for c in contenders}
+    inputs = {(c.x_dtype, c.device): x.to(c.device, c.x_dtype) for c in contenders}
+    rows, turns = [], []
     with torch.inference_mode():
         for contender in contenders:
-            for call in contender.calls:
-                contender.check(inputs[contender.name], call(inputs[contender.name]))
-        times = {c.name: [] for c in contenders}
+            kernel = contender.kernel(len(x))
+            ready = _checked(contender, inputs[contender.x_dtype, contender.device])
+            rows.append({"name": contender.name, "kernel": kernel, "copies": len(ready), "times": []})
+            turns.append(itertools.cycle(ready))
+        before = machine.cpu_seconds()
         for _ in range(rounds):
-            for contender in contenders:
-                times[contender.name].append(_time(contender, inputs[contender.name], budget))
-    first = times[contenders[0].name]
-    rows = []
-    for name, measured in times.items():
-        quartiles = statistics.quantiles(measured, n=4)
-        median = statistics.median(measured)
-        ratio = statistics.median(a / b for a, b in zip(first, measured))
-        rows.append({"name": name, "seconds": median, "spread": (quartiles[2] - quartiles[0]) / median, "ratio": ratio})
+            for contender, row, turn in zip(contenders, rows, turns):
+                operand = inputs[contender.x_dtype, contender.device]
+                row["times"].append(TIMERS[contender.device](turn, operand, budget))
+    others = machine.others(before)
+    for row in rows:
+        row["others"] = others
+        row["seconds"] = statistics.median(row["times"])
+        low, _, high = statistics.quantiles(row["times"], n=4)
+        row["spread"] = (high - low) / row["seconds"]
+        row["ratio_quartiles"] = ratio_quartiles(rows[0], row)
+        row["ratio"] = row["ratio_quartiles"][1]
     return rows
 
 
-def read_bandwidth(megabytes: int = 512) -> float:
-    """Bytes/s of summing a large tensor, best of 5, with torch's threads: the roofline of a product with one token."""
-    data = torch.ones(megabytes << 17, dtype=torch.int64)
-    best = min(_seconds(data.sum) for _ in range(5))
-    return data.numel() * 8 / best
-
-
-def _seconds(call: Callable) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def ratio_quartiles(other: dict, row: dict) -> list[float]:
+    """Quartiles of how many times faster `row` is than `other`, pair by pair of the same round."""
+    return statistics.quantiles([a / b for a, b in zip(other["times"], row["times"])], n=4)

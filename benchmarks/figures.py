@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tables
+import tables_speed
+from result_file import lines_of
 from tables import where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,32 +38,13 @@ def demo_table(report: dict) -> list[str]:
     return lines
 
 
-def gemm_table(rows: list[dict], threads: int) -> list[str]:
-    """Speed-up over torch fp32 for each m, one line per contender."""
-    rows = [row for row in rows if row["threads"] == threads]
-    ms = sorted({row["m"] for row in rows})
-    n, k = rows[0]["n"], rows[0]["k"]
-    lines = [
-        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}: times faster than torch's fp32 "
-        f"linear in the same run, median of pairs (`results/gemm.jsonl`, {where(rows[0])}).",
-        "",
-        "| m | " + " | ".join(map(str, ms)) + " |",
-        "|---" * (len(ms) + 1) + "|",
-    ]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        by_m = {row["m"]: row["ratio"] for row in rows if row["name"] == name}
-        lines.append(f"| {name} | " + " | ".join(f"{by_m[m]:.1f}" for m in ms) + " |")
-    return lines
-
-
 def speed(results: Path) -> list[list[str]]:
-    parts = []
-    demo, gemm = results / "demo.json", results / "gemm.jsonl"
-    if demo.is_file():
-        parts.append(demo_table(json.loads(demo.read_text())))
-    if gemm.is_file():
-        rows = [json.loads(line) for line in gemm.read_text().splitlines()]
-        parts += [gemm_table(rows, threads) for threads in sorted({row["threads"] for row in rows})]
+    demo = results / "demo.json"
+    parts = [demo_table(json.loads(demo.read_text()))] if demo.is_file() else []
+    parts += tables_speed.gemm_tables(lines_of(results / "gemm.jsonl"))
+    for name, draw in (("model", tables_speed.model_table), ("quantize", tables_speed.quantize_table)):
+        rows = lines_of(results / f"{name}.jsonl")
+        parts += [draw(rows)] if rows else []
     return parts
 
 

@@ -1,147 +1,117 @@
-"""FP4 products against torch's linear layers, shape by shape: python benchmarks/gemm.py --help.
+"""FP4 products against every rival, shape by shape: python benchmarks/gemm.py --help.
 
-Each line of the result file is one measurement with the machine and commit that made it. Ratios are to torch fp32.
+Each line of the result file is one measurement with the machine and commit that made it. Ratios are to the first
+contender, torch fp32, pair by pair; `times` holds one time per round, from which any other ratio can be taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
+import itertools
+import os
 import sys
 from pathlib import Path
 
 import torch
+from adapters import adapters, versions
+from bench import Contender, compare
+from operands import Weight
+from ours import fp4
+from result_file import recorder
+from roofline import ceilings
+from shared_cases import LINEAR_SHAPES
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python_tests")]
+from llmfp4_kernels.errors import BadInput, NoKernel
 
-from bench import Contender, compare, copies_for, read_bandwidth
-from cases import LINEAR_SHAPES, random_packed
-from machine import commit, machine
-from rivals import GROUP, dequantize_int4, int4_mm, quantize_int4
-
-from llmfp4_kernels import FP4Linear, reference
-from llmfp4_kernels.formats import E2M1, E4M3
-from llmfp4_kernels.ops import Multiplier
-
-SCHEMES = {
-    "llm-fp4 (W4A4)": dict(activation=E2M1, shift=True),
-    "llm-fp4-a16": dict(),
-    "nvfp4 (W4A16)": dict(scale=E4M3, group_size=16),
-}
+SCHEMES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8", "nvfp4-a8", "llm-fp4-a16", "llm-fp4-a16:bf16", "mxfp4",
+           "nvfp4")  # fmt: skip
+FIRST = "torch-fp32"
 
 
-def _within(y, exact, magnitude, relative):
-    error = ((y.double() - exact).abs() / magnitude.clamp_min(1e-30)).max().item()
-    if not error <= relative:
-        raise SystemExit(f"refusing to time a wrong kernel: off by {error:.2e} of Σ|x||w|, {relative:.2e} is rounding")
+def contenders(
+    weight: Weight, schemes: list[str], rivals: list[str], kernels: list[str], warm: bool
+) -> list[Contender]:
+    """FIRST, then ours, then the rivals; those that cannot take part are left out with a sentence."""
+    known, made = adapters(), []
+    makers = {name: functools.partial(known[name], weight, warm=warm) for name in (FIRST, *rivals)}
+    for scheme in schemes:
+        recipe, _, dtype = scheme.partition(":")
+        for kernel in kernels or [None]:
+            makers[f"{scheme} {kernel or ''}"] = lambda r=recipe, d=dtype, k=kernel: fp4(
+                weight, r, d or "fp32", k, warm
+            )
+    for name, make in makers.items():
+        try:
+            made.append(make())
+        except (ImportError, NoKernel, BadInput) as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return made
 
 
-class Product:
-    """check(x, y): y is x times a dense float64 weight within a share of Σ|x||w|. Expected values are kept per m."""
-
-    def __init__(self, weight: torch.Tensor, relative: float):
-        self.weight, self.relative, self.known = weight, relative, {}
-
-    def __call__(self, x, y):
-        if len(x) not in self.known:
-            self.known[len(x)] = x.double() @ self.weight.T, x.double().abs() @ self.weight.abs().T
-        _within(y, *self.known[len(x)], self.relative)
+def takes(contender: Contender, m: int) -> bool:
+    """Whether it runs m rows; a forced kernel may refuse, with a sentence."""
+    try:
+        contender.kernel(m)
+    except NoKernel as error:
+        print(f"{contender.name} is left out: {error}", flush=True)
+        return False
+    return True
 
 
-class Bits:
-    """check(x, y): y has the bits of the reference."""
-
-    def __init__(self, packed, name: str):
-        self.packed, self.name, self.known = packed, name, {}
-
-    def __call__(self, x, y):
-        if len(x) not in self.known:
-            self.known[len(x)] = reference.gemm(x, self.packed).to(y.dtype)
-        if not torch.equal(y, self.known[len(x)]):
-            raise SystemExit(f"refusing to time a wrong kernel: {self.name} is not bit-equal to the reference")
-
-
-def dense(name: str, weight: torch.Tensor, dtype: torch.dtype) -> Contender:
-    """torch's linear layer in fp32 or bf16."""
-    weights = [weight.to(dtype).clone() for _ in range(copies_for(weight.numel() * dtype.itemsize))]
-    relative = 2**-7 if dtype == torch.bfloat16 else weight.shape[1] * 2**-24
-    calls = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
-    return Contender(name, calls, Product(weights[0].double(), relative), dtype, weight.numel() * dtype.itemsize)
+def measure(n: int, k: int, options, record) -> None:
+    """All m and thread counts of one shape."""
+    weight = Weight(n, k)
+    entered = contenders(weight, options.schemes, options.rivals, options.kernels, options.warm)
+    errors = {contender.name: weight.error(contender) for contender in entered}
+    for threads, m in itertools.product(options.threads, options.m):
+        torch.set_num_threads(threads)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+        ready = [contender for contender in entered if takes(contender, m)]
+        for row, contender in zip(compare(ready, x, rounds=options.rounds, budget=options.budget), ready):
+            row |= {"m": m, "n": n, "k": k, "threads": threads, "error": errors[contender.name]}
+            row |= {"weight_bytes": contender.weight_bytes, "unit": contender.unit, "note": contender.note}
+            row |= ceilings(m, n, k, contender, row["copies"])
+            row["gflops"] = 2e-9 * m * n * k / row["seconds"]
+            row["gbps"] = row["bytes"] / row["seconds"] / 1e9
+            row["roofline"] = row["roofline_seconds"] / row["seconds"]
+            record(row)
 
 
-def torch_int4(weight: torch.Tensor) -> Contender:
-    """torch's INT4 weight-only kernel, bf16 activations, one scale and zero per 64."""
-    codes, scales = quantize_int4(weight, GROUP)
-    size = weight.numel() // 2 + scales.numel() * 2
-    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    packed = [pack(codes, 1).clone() for _ in range(copies_for(size))]
-    calls = [lambda x, p=p: int4_mm(x, p, GROUP, scales) for p in packed]
-    check = Product(dequantize_int4(codes, scales, GROUP), 2**-7)
-    return Contender("torch-int4 g64", calls, check, torch.bfloat16, size)
+def line(row: dict) -> str:
+    shape = f"m={row['m']:<4} n={row['n']} k={row['k']} t={row['threads']}"
+    return (
+        f"{row['name']:34} {shape} {row['seconds'] * 1e6:10.1f} us ±{row['spread'] * 100:<3.0f}% {row['ratio']:6.2f}x "
+        f"{row['gflops']:8.1f} GFLOP/s {row['gbps']:6.1f} GB/s {row['roofline'] * 100:4.0f}% of roofline, "
+        f"error {row['error']:.4f} {row['kernel']}"
+        + (f" ({row['others']} CPUs busy elsewhere)" * (row["others"] > 0.1))
+    )
 
 
-def fp4(name: str, n: int, k: int, options: dict, x_dtype=torch.float32) -> Contender:
-    """Our kernel: bit-equal to the reference where sums are integers, within the bound of fp32 sums otherwise."""
-    packed = random_packed(n, k, E2M1, **options)
-    layers = [FP4Linear.from_packed(packed.to("cpu")).multiplier() for _ in range(copies_for(packed.nbytes))]
-    relative = k * 2**-24 + (2**-8 if x_dtype == torch.bfloat16 else 0)
-    exact = packed.activation is not None
-    check = Bits(packed, name) if exact else Product(reference.dequantize(packed, torch.float64), relative)
-    suffix = " bf16" if x_dtype == torch.bfloat16 else ""
-    return Contender(name + suffix, list(layers), check, x_dtype, packed.nbytes)
-
-
-def kernel_name(contender: Contender, m: int) -> str | None:
-    call = contender.calls[0]
-    return call.choose(m, contender.x_dtype)[0].name if isinstance(call, Multiplier) else None
-
-
-def measure(n: int, k: int, ms: list[int], threads: list[int], record) -> None:
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) / k**0.5
-    contenders = [dense("fp32", weight, torch.float32), dense("bf16", weight, torch.bfloat16)]
-    if n % 16 or k % GROUP:
-        print(f"torch-int4 is left out: it needs n in 16s and k in {GROUP}s, this is n = {n}, k = {k}")
-    else:
-        contenders.append(torch_int4(weight))
-    contenders += [fp4(name, n, k, options) for name, options in SCHEMES.items()]
-    contenders.append(fp4("llm-fp4-a16", n, k, {}, torch.bfloat16))
-    for count in threads:
-        torch.set_num_threads(count)
-        bandwidth = read_bandwidth()
-        for m in ms:
-            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-            for row, contender in zip(compare(contenders, x), contenders):
-                gbps = contender.weight_bytes / row["seconds"] / 1e9
-                row |= {"m": m, "n": n, "k": k, "threads": count, "kernel": kernel_name(contender, m)}
-                row |= {"gflops": 2e-9 * m * n * k / row["seconds"], "weight_gbps": gbps, "read_gbps": bandwidth / 1e9}
-                record(row)
+def shape(text: str) -> tuple[int, int]:
+    n, k = text.split("x")
+    return int(n), int(k)
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--model", choices=LINEAR_SHAPES, help="the linear shapes of a model, in place of --n and --k")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=LINEAR_SHAPES, help="the linear shapes of a model")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 4096)], metavar="NxK")
     parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES, metavar="RECIPE[:bf16]")
+    parser.add_argument("--rivals", nargs="*", default=list(adapters()), choices=list(adapters()), metavar="RIVAL",
+                        help=f"of {', '.join(adapters())}")  # fmt: skip
+    parser.add_argument("--kernels", nargs="*", default=[], help="rows of the registry to force, each a contender")
+    parser.add_argument("--warm", action="store_true", help="one copy of each weight, which may stay in the cache")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--budget", type=float, default=0.03, help="seconds that one contender runs in one round")
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     options = parser.parse_args(arguments)
-    where = {"machine": machine(), "commit": commit()}
-
-    def record(row):
-        print(
-            f"{row['name']:16} m={row['m']:<4} n={row['n']} k={row['k']} threads={row['threads']} "
-            f"{row['seconds'] * 1e6:10.1f} us {row['gflops']:8.1f} GFLOP/s {row['ratio']:6.2f}x fp32 "
-            f"±{row['spread'] * 100:.0f}%  {row['kernel'] or ''}",
-            flush=True,
-        )
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row | where) + "\n")
-
-    for n, k in LINEAR_SHAPES[options.model] if options.model else [(options.n, options.k)]:
-        measure(n, k, options.m, sorted(set(options.threads)), record)
+    options.rivals = [name for name in options.rivals if name != FIRST]
+    record = recorder(options.out, line, versions=versions(), wait_policy=os.environ.get("OMP_WAIT_POLICY", ""))
+    for n, k in LINEAR_SHAPES[options.model] if options.model else options.shapes:
+        measure(n, k, options, record)
     return 0
 
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -33,6 +34,20 @@ def commit() -> str:
 def load() -> float:
     """Runnable processes over the last minute: above the number of cores, timings are disturbed."""
     return round(os.getloadavg()[0], 2)
+
+
+def cpu_seconds() -> tuple[float, float, float]:
+    """(wall clock, what all processes and the host took from this machine's CPUs, what this process took of it)."""
+    ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+    idle, waiting = ticks[3:5]
+    own = os.times()
+    return time.perf_counter(), (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+def others(before: tuple[float, float, float]) -> float:
+    """Mean number of CPUs that others kept busy since `before` = cpu_seconds(): above 0.1, timings are disturbed."""
+    wall, busy, own = (now - then for now, then in zip(cpu_seconds(), before))
+    return round(max(busy - own, 0.0) / max(wall, 1e-9), 2)
 
 
 def machine() -> dict:

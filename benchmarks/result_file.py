@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import machine
@@ -45,3 +46,22 @@ class ResultFile:
         self.content |= {"machine": now, "commit": self.commit}
         text = json.dumps(self.content, indent=1, ensure_ascii=False)
         write_beside(self.path, lambda beside: beside.write_text(text))
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; none while it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def recorder(path: Path | None, show: Callable[[dict], str], **about) -> Callable[[dict], None]:
+    """record(row): prints it, and appends it to `path` as a JSON line with the machine, the commit and `about`."""
+    where = {"machine": machine.machine(), "commit": machine.commit(), **about}
+
+    def record(row: dict) -> None:
+        print(show(row), flush=True)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row | where) + "\n")
+
+    return record

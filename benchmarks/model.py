@@ -1,0 +1,85 @@
+"""Tokens per second of whole models, prefill and decode: python benchmarks/model.py --help.
+
+Weights are random: speed depends on shapes and formats only. Every model is the same transformers LLaMA, whose linear
+layers but lm_head are replaced. `make demo` measures the real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import ours
+import rivals
+import torch
+from operands import Weight
+from result_file import recorder
+
+from llmfp4_kernels import FP4Linear
+from llmfp4_kernels.errors import BadInput
+from llmfp4_kernels.evaluate import compare_rates
+
+SHAPES = {
+    "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "llama-7b, 2 layers": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32,
+                               num_key_value_heads=32, vocab_size=2048, tie_word_embeddings=False),
+}  # fmt: skip
+RECIPES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "llm-fp4-a16", "nvfp4")
+
+
+def dense_model(name: str):
+    """A random LLaMA in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[name], max_position_embeddings=2048)).eval()
+
+
+def packed_model(model, recipe: str):
+    """A bfloat16 copy whose linear layers hold random packed weights of the recipe; lm_head stays bfloat16."""
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    linears = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    for name, linear in linears:
+        if name != "lm_head":
+            packed = ours.packed_weight(Weight(linear.out_features, linear.in_features), recipe)[1]
+            model.set_submodule(name, FP4Linear.from_packed(packed.to("cpu")))
+    return model
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--prefill", type=int, default=512, help="tokens")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens before those that are decoded")
+    parser.add_argument("--decode", type=int, default=16, help="tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
+    options = parser.parse_args(arguments)
+    record = recorder(options.out, lambda row: f"{row['model']:20} {row['name']:14} t={row['threads']} "
+                      f"decode {row['decode']:8.2f} tokens/s, prefill {row['prefill']:8.1f} tokens/s")  # fmt: skip
+    for name in options.models:
+        dense = dense_model(name)
+        models = {"fp32": dense, "bf16": copy.deepcopy(dense).to(torch.bfloat16)}
+        try:
+            models["torch-int4"] = rivals.torch_int4(dense)
+        except BadInput as error:
+            print(f"torch-int4 is left out: {error}", flush=True)
+        models |= {recipe: packed_model(dense, recipe) for recipe in options.recipes}
+        ids = torch.arange(options.prefill) * 37 % SHAPES[name]["vocab_size"]
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            rates = compare_rates(models, ids, options.prompt, options.decode, options.repeats)
+            for kind in models:
+                about = {"model": name, "name": kind, "threads": threads, "prompt": options.prompt}
+                about |= {"prefill_tokens": options.prefill, "decode_tokens": options.decode}
+                record(about | {phase: rates[phase][kind] for phase in ("decode", "prefill")})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""This package's contenders: any recipe by FP4Linear, on the kernel that the registry chooses or on a forced one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from functools import cache
+
+import torch
+from bench import Contender, copies_for
+from operands import Product, Weight
+
+from llmfp4_kernels import FP4Linear, reference, registry
+from llmfp4_kernels.errors import NoKernel
+from llmfp4_kernels.formats import recipe as recipe_named
+from llmfp4_kernels.packed import PackedFP4
+from llmfp4_kernels.quantizer.gptq import smoothing_factor
+from llmfp4_kernels.quantizer.linear import quantize_linear
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@cache
+def _quantized(rows: int, k: int, name: str) -> PackedFP4:
+    """The PROBE rows by a recipe, GPTQ's without feedback: these channels are independent, there is nothing to correct.
+
+    A Cholesky factor for k = 28672 would take longer than all measurements.
+    """
+    recipe, weight = recipe_named(name), Weight(rows, k)
+    x = weight.calibration
+    if not recipe.error_feedback:
+        return quantize_linear(weight.probe, recipe, x)
+    factor = smoothing_factor(x.abs().amax(0))
+    packed = quantize_linear(weight.probe / factor, "llm-fp4-a16", x * factor)
+    activation = recipe.activation_elements[0] if recipe.activation_elements else None
+    return dataclasses.replace(packed, x_factor=factor, activation=activation, dynamic=recipe.dynamic, recipe=name)
+
+
+def packed_weight(weight: Weight, recipe: str) -> tuple[PackedFP4, PackedFP4]:
+    """(the PROBE rows, all rows) quantized by a recipe."""
+    probe = _quantized(len(weight.probe), weight.k, recipe)
+    parts = {name: getattr(probe, name) for name in ("codes", "row_scale", "group_scale")}
+    return probe, dataclasses.replace(probe, **{n: weight.repeat(t) for n, t in parts.items() if t is not None})
+
+
+class Bits:
+    """check(x, y): y has the bits of the reference."""
+
+    def __init__(self, name: str, weight: Weight, probe: PackedFP4):
+        self.name, self.weight, self.probe, self.known = name, weight, probe, {}
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if len(x) not in self.known:
+            self.known[len(x)] = reference.gemm(x, self.probe).to(y.dtype)
+        wrong = (y != self.known[len(x)][:, self.weight.rows]).sum().item()
+        if wrong:
+            shape = f"m = {len(x)}, n = {self.weight.n}, k = {self.weight.k}"
+            raise NoKernel(
+                f"refusing to time {self.name}, which is wrong at {shape}: "
+                f"{wrong} of {y.numel()} results differ from the reference's bits"
+            )
+
+
+def _check(name: str, weight: Weight, probe: PackedFP4, dtype: torch.dtype):
+    """Exact integer products by their bits, others within the bound of fp32 sums and of the result's rounding."""
+    if probe.integer:
+        return Bits(name, weight, probe)
+    relative = weight.k * 2**-24 + (2**-8 if dtype != torch.float32 else 0)
+    if probe.activation is None:
+        return Product(name, weight, reference.dequantize(probe, torch.float64), relative)
+    return Product(
+        name, weight, reference.stored_weight(probe), relative, lambda x: reference.round_activation(x, probe)
+    )
+
+
+def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = None, warm: bool = False) -> Contender:
+    """y = FP4Linear(x): its time holds all that a call does, the quantization of activations included.
+
+    Raises NoKernel where the forced kernel refuses.
+    """
+    probe, packed = packed_weight(weight, recipe)
+    name = recipe + (f" {dtype}" if dtype != "fp32" else "") + (f" [{forced}]" if forced else "")
+    calls = [FP4Linear.from_packed(packed.to("cpu")).multiplier() for _ in range(copies_for(packed.nbytes, warm))]
+
+    def kernel(m: int) -> str:
+        before = os.environ.pop(registry.FORCE, None)
+        try:
+            if forced or before:
+                os.environ[registry.FORCE] = forced or before
+            return {call.choose(m, DTYPES[dtype])[0].name for call in calls}.pop()
+        finally:
+            os.environ.pop(registry.FORCE, None)
+            if before:
+                os.environ[registry.FORCE] = before
+
+    unit = "int8" if probe.integer else "float"
+    check = _check(name, weight, probe, DTYPES[dtype])
+    return Contender(name, calls, check, DTYPES[dtype], packed.nbytes, unit, kernel=kernel)

@@ -1,0 +1,102 @@
+"""Benchmarks of quantization and models run to the end; pictures and tables come from their lines."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmfp4_kernels.errors import NoKernel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+bench, figures, ggml, gemm, plot, quantize, roofline, tables_speed = map(
+    importlib.import_module, ("bench", "figures", "ggml", "gemm", "plot", "quantize", "roofline", "tables_speed")
+)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def measured(tmp_path, threads, monkeypatch) -> Path:
+    """A folder with gemm.jsonl of one small shape."""
+    monkeypatch.setattr(roofline, "_best", lambda call: 1.0)
+    monkeypatch.setattr(bench, "MOST_COPIES", 2)
+    rivals = ["torch-bf16", "onednn-int8", "onednn-int8-product", "llama.cpp-mxfp4-cpu"]
+    gemm.main(["--shapes", "64x64", "--m", "1", "20", "--threads", "1", "--rounds", "3", "--budget", "0", "--schemes",
+               "minmax-w4a4", "mxfp4", "--rivals", *rivals, "--out", str(tmp_path / "gemm.jsonl")])  # fmt: skip
+    return tmp_path
+
+
+def test_tables_and_pictures_come_from_the_lines(measured):
+    pytest.importorskip("matplotlib")
+    rows = lines(measured / "gemm.jsonl")
+    ours, everyone = tables_speed.gemm_tables(rows)
+    assert len(ours) == 4 + 4 and len(everyone) == 4 + len({row["name"] for row in rows})
+    assert all(any(line.startswith(f"| {row['name']} |") for line in everyone) for row in rows)
+    filled = figures.fill("<!-- figures: begin -->\n<!-- figures: end -->", measured)
+    assert "| oneDNN int8 (packed) | 0.0" in filled and "commit" in filled
+    picture = plot.draw((64, 64, 1), rows, measured)
+    assert picture.name == "gemm-64x64-1t.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def row(name: str, times: list[float], m: int = 1) -> dict:
+    return {"name": name, "m": m, "times": times, "seconds": sorted(times)[len(times) // 2]}
+
+
+def test_ours_are_compared_with_the_fastest_of_a_kind():
+    """The product without its quantization is no rival, and a row without times has no pairs."""
+    times = {"packed": [4.0, 8.0, 4.0], "_int_mm": [5.0, 10.0, 5.0], "packed, product only": [1.0, 1.0, 1.0]}
+    rows = [row(f"oneDNN int8 ({kind})", each) for kind, each in times.items()]
+    rows.append(row("llama.cpp Q4_0 [CPU]", [3.0, 3.0, 3.0], m=2))
+    ours, among = row("llm-fp4", [2.0, 4.0, 2.0]), tables_speed.REFERENCES
+    assert tables_speed.faster(ours, rows, among["oneDNN int8"]) == 2.0
+    assert tables_speed.faster(ours, rows, among["llama.cpp"]) is None
+    assert tables_speed.faster({"m": 1}, rows, among["oneDNN int8"]) is None
+    shape = {"n": 1, "k": 2, "threads": 1}
+    newest = tables_speed.problems([rows[0] | shape, rows[0] | shape | {"seconds": 9.0}])
+    assert [a["seconds"] for a in newest[1, 2, 1]] == [9.0]
+
+
+def test_quantizers_are_checked_and_recorded(tmp_path, threads):
+    out = tmp_path / "q.jsonl"
+    quantize.main(["--shapes", "32x256", "--threads", "1", "--recipes", "mxfp4", "minmax-w4a4", "--tokens", "8",
+                   "--rounds", "2", "--out", str(out)])  # fmt: skip
+    rows = lines(out)
+    assert {"mxfp4", "minmax-w4a4", "torch int4 g64"} <= {row["name"] for row in rows}
+    assert all(0.05 < row["error"] < 0.2 and row["mega_weights"] > 0 and "commit" in row for row in rows)
+    assert len(tables_speed.quantize_table(rows)) == 4 + len(rows)
+    with pytest.raises(NoKernel, match=r"off by 1.00, 0.25 is too much"):
+        quantize.Near("none", torch.zeros_like)(torch.ones(2, 2), torch.ones(2, 2))
+
+
+def test_models_are_timed_with_their_layers_packed(tmp_path, threads, monkeypatch):
+    pytest.importorskip("transformers")
+    model, out = importlib.import_module("model"), tmp_path / "m.jsonl"
+    shapes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+                  num_key_value_heads=1, vocab_size=96)  # fmt: skip
+    monkeypatch.setitem(model.SHAPES, "tiny", shapes)
+    packed = model.packed_model(model.dense_model("tiny"), "mxfp4")
+    assert sum(isinstance(part, model.FP4Linear) for part in packed.modules()) == 7
+    assert type(packed.lm_head) is torch.nn.Linear
+    model.main(["--models", "tiny", "--recipes", "minmax-w4a4", "--threads", "1", "--prefill", "6", "--prompt", "3",
+                "--decode", "2", "--repeats", "1", "--out", str(out)])  # fmt: skip
+    rows = lines(out)
+    assert [row["name"] for row in rows] == ["fp32", "bf16", "torch-int4", "minmax-w4a4"]
+    assert len(tables_speed.model_table(rows)) == 4 + 4
+
+
+def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv(ggml.FOLDER, str(tmp_path))
+    with pytest.raises(NoKernel, match=r"libggml-base.so is not there: run benchmarks/build_ggml.sh"):
+        ggml.library.__wrapped__()
+    monkeypatch.delenv(ggml.FOLDER)
+    monkeypatch.setattr(ggml, "ROOT", tmp_path)
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('is not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ggml.folder() == package / "lib"
