@@ -29,7 +29,7 @@ class Contender:
     weight_bytes: int = 0
     """Of one copy, scales included."""
     unit: str = "fp32"
-    """What multiplies, a name in roofline.PEAKS."""
+    """What multiplies: one of roofline.UNITS, "fp16" or "float"."""
     note: str = ""
     """What a reader must know to compare its times with others'."""
     device: str = "cpu"

@@ -14,6 +14,7 @@ from llmfp4_kernels import FP4Linear, reference, registry
 from llmfp4_kernels.errors import NoKernel
 from llmfp4_kernels.formats import recipe as recipe_named
 from llmfp4_kernels.packed import PackedFP4
+from llmfp4_kernels.problem import Problem
 from llmfp4_kernels.quantizer.gptq import smoothing_factor
 from llmfp4_kernels.quantizer.linear import quantize_linear
 
@@ -93,6 +94,6 @@ def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = N
             if before:
                 os.environ[registry.FORCE] = before
 
-    unit = "int8" if probe.integer else "float"
+    unit = "int8" if Problem.of(probe, 1, torch.float32).grouped or probe.integer else "float"
     check = _check(name, weight, probe, DTYPES[dtype])
     return Contender(name, calls, check, DTYPES[dtype], packed.nbytes, unit, kernel=kernel)

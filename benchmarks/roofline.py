@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from llmfp4_kernels import native
+
 
 def _best(call: Callable, seconds: float = 0.4) -> float:
     """Least seconds of a call, of all that fit into `seconds` and at least five."""
@@ -39,43 +41,23 @@ def read_bandwidth(footprint: int) -> float:
     return _read_bandwidth(min(max(footprint.bit_length(), 20), 30), torch.get_num_threads())
 
 
-def _matmul(dtype: torch.dtype) -> float:
-    a, b = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
-    return 2 * 1024 * 2048 * 2048 / _best(lambda: torch.nn.functional.linear(a, b))
-
-
-def _int8() -> float:
-    """oneDNN's product with weights packed beforehand."""
-    a, b = torch.ones(1024, 2048, dtype=torch.int8), torch.ones(2048, 2048, dtype=torch.int8)
-    packed, scale, zero = torch.ops.onednn.qlinear_prepack(b, None), torch.ones(2048), torch.zeros(2048).long()
-    product = torch.ops.onednn.qlinear_pointwise
-    seconds = _best(lambda: product(a, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""))
-    return 2 * 1024 * 2048 * 2048 / seconds
-
-
-PEAKS = {
-    "fp32": lambda: _matmul(torch.float32),
-    "bf16": lambda: _matmul(torch.bfloat16),
-    "fp16": lambda: _matmul(torch.float16),
-    "int8": _int8,
-    "float": lambda: max(peak("fp32"), peak("bf16")),
-}
-"""Operations/s of a product. "float" is for kernels that may split fp32 into bf16 parts."""
+UNITS = ("int8", "bf16", "fp32")
 
 
 @functools.cache
 def _peak(unit: str, threads: int) -> float:
-    with torch.inference_mode():
-        return PEAKS[unit]()
+    module = native.module()
+    isas = [isa for isa, row in native.cpu_kernels().items() if row["supported"]]
+    return max(module.peak(isa, unit, threads, 0.2) for isa in isas)
 
 
 def peak(unit: str) -> float:
-    """Operations/s of the best product in this unit that torch has, 1024 x 2048 x 2048, with torch's threads.
+    """Operations/s of this CPU's best instruction in a unit, on registers only, with torch's threads.
 
-    A product that gets more than it is above the roofline: a kernel of this package is, where oneDNN is not at the
-    limit of the instruction.
+    "float" is for kernels that may multiply fp32 numbers as such or as bf16 parts.
     """
-    return _peak(unit, torch.get_num_threads())
+    units = ("bf16", "fp32") if unit == "float" else ("fp32",) if unit == "fp16" else (unit,)
+    return max(_peak(name, torch.get_num_threads()) for name in units)
 
 
 def ceilings(m: int, n: int, k: int, contender, copies: int) -> dict:

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -120,6 +122,20 @@ std::vector<py::dict> list_kernels() {
     return rows;
 }
 
+// Operations/s of an instruction set's products in a unit, with `threads` threads at once.
+double peak(const std::string& isa, const std::string& unit, int threads, double seconds) {
+    const auto& kernel = kernel_named(isa);
+    const std::vector<std::string> units{"int8", "bf16", "fp32"};
+    const auto at = std::find(units.begin(), units.end(), unit);
+    if (at == units.end()) throw py::value_error("unknown unit '" + unit + "': expected int8, bf16 or fp32");
+    std::vector<double> rates(threads);
+    py::gil_scoped_release release;
+    cpu::parallel_ranges(threads, threads, [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) rates[i] = kernel.peak(cpu::Unit(at - units.begin()), seconds);
+    });
+    return std::accumulate(rates.begin(), rates.end(), 0.0);
+}
+
 std::vector<float> element_values(std::tuple<int, int, int> e) {
     std::vector<float> values;
     for (int code = 0; code < 2 * element_of(e).sign_code(); ++code) values.push_back(element_of(e).value(code));
@@ -152,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("kernels", &list_kernels);
     m.def("kernel", &kernel_named, py::return_value_policy::reference);
     m.def("team", &cpu::team_kind);
+    m.def("peak", &peak, py::arg("isa"), py::arg("unit"), py::arg("threads"), py::arg("seconds"));
     m.def("element_values", &element_values);
     m.def("scale_values", &scale_values);
     m.def("tiled_bytes", [](int n, int k) { return TileLayout{n, k}.bytes(); });

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfp4_kernels import reference
+from llmfp4_kernels import native, reference
 from llmfp4_kernels.errors import BadInput, NoKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -119,3 +119,12 @@ def test_the_roofline_is_the_slower_of_reading_and_computing(weight, monkeypatch
     many = roofline.ceilings(10**4, 1000, 1000, contender, 2)
     assert one["roofline_seconds"] == (10**6 + 8000) / 1e9 and one["bytes"] == 1008000
     assert many["roofline_seconds"] == (10**6 + 8e7) / 1e9
+
+
+def test_peaks_are_those_of_an_instruction_set():
+    module = native.module()
+    rates = {isa: module.peak(isa, "int8", 1, 0.02) for isa, row in native.cpu_kernels().items() if row["supported"]}
+    assert all(1e9 < rate < 1e14 for rate in rates.values()), rates
+    assert module.peak("scalar", "bf16", 1, 0.02) == 0.0
+    with pytest.raises(ValueError, match="unknown unit 'int4'"):
+        module.peak("scalar", "int4", 1, 0.02)

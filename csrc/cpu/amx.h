@@ -69,6 +69,14 @@ struct Bf16Pairs {  // bf16 both, fp32 sums
     }
 };
 
+template <class Op>
+inline void multiply_all() {
+    Op::template multiply<0, 0>();
+    Op::template multiply<0, 1>();
+    Op::template multiply<1, 0>();
+    Op::template multiply<1, 1>();
+}
+
 // Two neighbouring columns of 16 outputs, exact in bf16, to one B row: dword n = (even k, odd k).
 inline Bytes pack_bf16(F32 even, F32 odd) {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);

@@ -6,6 +6,7 @@
 #include "gemm_grouped.h"
 #include "kernels.h"
 #include "parts.h"
+#include "peak.h"
 
 namespace llmfp4::cpu {
 namespace amx {
@@ -187,6 +188,14 @@ void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
     amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
         amx::float_task(w, call, x, nullptr, table, m0, m, tile, tiles);
     });
+}
+
+double peak_amx(Unit unit, double seconds) {
+    if (unit == Unit::fp32) return amx::peak_float(seconds);
+    const amx::TileSession session;
+    const double operations = 4.0 * 2 * 16 * 16 * (unit == Unit::int8 ? 64 : 32);
+    return unit == Unit::int8 ? amx::best_rate(seconds, operations, amx::multiply_all<amx::SignedByUnsigned>)
+                              : amx::best_rate(seconds, operations, amx::multiply_all<amx::Bf16Pairs>);
 }
 
 }  // namespace llmfp4::cpu

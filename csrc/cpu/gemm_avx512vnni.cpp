@@ -1,5 +1,6 @@
 #include "gemm_grouped.h"
 #include "kernels.h"
+#include "peak.h"
 
 namespace llmfp4::cpu {
 
@@ -10,5 +11,6 @@ void w4a8_grouped_avx512vnni(const Weights& w, const Activation& a, const Call& 
 void w4a16_avx512vnni(const Weights& w, const float* x_factor, const Call& call) {
     avx512vnni::w4a16(w, x_factor, call);
 }
+double peak_avx512vnni(Unit unit, double seconds) { return avx512vnni::peak(unit, seconds); }
 
 }  // namespace llmfp4::cpu

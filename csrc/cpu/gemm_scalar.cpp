@@ -1,10 +1,12 @@
 #include "gemm_grouped.h"
 #include "kernels.h"
+#include "peak.h"
 
 namespace llmfp4::cpu {
 
 void w4a4_scalar(const Weights& w, const Activation& a, const Call& call) { scalar::w4a4(w, a, call); }
 void w4a8_grouped_scalar(const Weights& w, const Activation& a, const Call& call) { scalar::w4a8_grouped(w, a, call); }
 void w4a16_scalar(const Weights& w, const float* x_factor, const Call& call) { scalar::w4a16(w, x_factor, call); }
+double peak_scalar(Unit unit, double seconds) { return scalar::peak(unit, seconds); }
 
 }  // namespace llmfp4::cpu

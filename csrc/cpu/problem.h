@@ -47,6 +47,8 @@ struct Call {
     int threads;
 };
 
+enum class Unit : int { int8, bf16, fp32 };
+
 // One instruction set. w4a4 takes weights without group scales, w4a8_grouped those with them; w4a16 takes everything.
 struct Kernels {
     const char* name;
@@ -56,7 +58,8 @@ struct Kernels {
     void (*w4a4)(const Weights&, const Activation&, const Call&);
     void (*w4a8_grouped)(const Weights&, const Activation&, const Call&);
     void (*w4a16)(const Weights&, const float* x_factor,
-                  const Call&);  // x_factor [padded k]: 2^-shift, 0 in the padding
+                  const Call&);            // x_factor [padded k]: 2^-shift, 0 in the padding
+    double (*peak)(Unit, double seconds);  // operations/s of one thread; 0 for a unit it does not have
 };
 
 }  // namespace llmfp4::cpu
