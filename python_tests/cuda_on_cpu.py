@@ -92,10 +92,14 @@ class Allocations(TorchDispatchMode):
 
 
 class OnCpu:
-    """While it is entered, CUDA launches run on the PTX machine. `programs` by kernel name; seed as Program.run's."""
+    """While it is entered, CUDA launches run on the PTX machine; seed as Program.run's.
 
-    def __init__(self, programs: list[Program], multiprocessors: int = 2, seed: int = 0, limit_s: float = 60.0):
+    `instead` names the kernels of `programs` that run in place of others.
+    """
+
+    def __init__(self, programs: list[Program], multiprocessors=2, seed=0, limit_s=60.0, instead=None):
         self.programs = {name: program for program in programs for name in program.names}
+        self.instead = instead or {}
         self.machine, self.seed, self.limit_s = CpuMachine(multiprocessors), seed, limit_s
         self.launched: list[str] = []
 
@@ -153,8 +157,16 @@ class OnCpu:
             if name not in self.programs:
                 raise FAULTS["BadLaunch"](f"no PTX of kernel {name}")
             memory = self.memory(name)
-            report = self.programs[name].launch(
-                name, tuple(one.grid), one.block, one.shared, parameters, memory, self.seed, self.limit_s
+            program = self.programs[self.instead.get(name, name)]
+            report = program.launch(
+                self.instead.get(name, name),
+                tuple(one.grid),
+                one.block,
+                one.shared,
+                parameters,
+                memory,
+                self.seed,
+                self.limit_s,
             )
             outs = [row for row in memory if row[3] is Out]
             unwritten = [count for row, count in zip(outs, report.unwritten) if row[2] == "y"]
