@@ -27,6 +27,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]  # fmt: skip
+        architectures = os.environ.get("LLMFP4_CUDA_ARCHITECTURES")  # such as "90", or "" for no CUDA kernels
+        option = "-ULLMFP4_CUDA_ARCHITECTURES"  # CMakeLists.txt's default, not what an earlier build was told
+        configure.append(option if architectures is None else f"{option.replace('-U', '-D')}={architectures}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         try:
             subprocess.run(configure, cwd=build, check=True)

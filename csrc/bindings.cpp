@@ -15,6 +15,8 @@
 namespace py = pybind11;
 using namespace llmfp4;
 
+void bind_cuda(py::module_& m);  // only where CMake found a CUDA compiler
+
 namespace {
 
 template <class T>
@@ -186,6 +188,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("shuffle_scales", [](uintptr_t rows, uintptr_t tiles, int n, int k, int groups) {
         shuffle_scales(pointer<uint8_t>(rows), pointer<uint8_t>(tiles), {n, k}, groups);
     });
+#ifdef LLMFP4_CUDA
+    bind_cuda(m);
+    m.attr("cuda_compiler") = LLMFP4_CUDA;
+    m.attr("cuda_architectures") = std::vector<std::string>{LLMFP4_CUDA_ARCHITECTURES};
+#else
     m.attr("cuda_architectures") = std::vector<std::string>{};
+#endif
     m.attr("compiler") = __VERSION__;
 }

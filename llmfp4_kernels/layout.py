@@ -1,4 +1,7 @@
-"""Row order on disk, tiles under the CPU kernels (csrc/core/layout.h has the picture and the index formula)."""
+"""Row order on disk, tiles under the CPU kernels, units under the CUDA kernels.
+
+csrc/core/layout.h and csrc/core/units.h have the pictures and the index formulas.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ import torch
 
 from . import native
 from .errors import BadInput
-from .packed import PackedFP4, codes_shape, unpack
+from .packed import PackedFP4, codes_shape, pack, unpack
+
+LAYOUT_OF_NDIM = {2: "row", 3: "tiled", 4: "units"}
+"""The layout of codes by their number of dimensions."""
+PREFERRED = {"cpu": "tiled", "cuda": "units"}
+"""The layout that a device's kernels read."""
+CHUNK_STRIPS = 64
+"""Strips of 16 outputs that are repacked at a time: 64 outputs x 64 k x 7 bytes of scratch, at k = 4096 7 MB."""
 
 
 def shuffle_codes(codes: torch.Tensor, k: int) -> torch.Tensor:
@@ -19,10 +29,40 @@ def shuffle_codes(codes: torch.Tensor, k: int) -> torch.Tensor:
     return tiles
 
 
+def _units_of(codes: torch.Tensor, k: int) -> torch.Tensor:
+    """Codes uint8 [16·s, ceil(k/2)] in row order → units [s, padded k / 64, 32, 16]: csrc/core/units.h in torch."""
+    nibbles = torch.nn.functional.pad(unpack(codes, k), (0, -k % 64))
+    # [strip, half, g, unit, t, q, i] → a lane's word q of unit: [strip, unit, g, t, q, half, i]
+    nibbles = nibbles.view(-1, 2, 8, nibbles.shape[1] // 64, 4, 4, 4).permute(0, 3, 2, 4, 5, 1, 6)
+    magnitude, sign = nibbles & 7, nibbles & 8
+    # Byte b of a word: magnitudes of i = 2·(b % 2) and the next, of half b // 2; signs of i = b, half 1, half 0.
+    pairs = magnitude[..., 0::2] | magnitude[..., 1::2] << 4
+    return (pairs.flatten(-2) | sign[..., 1, :] | sign[..., 0, :] << 4).reshape(-1, nibbles.shape[1], 32, 16)
+
+
+def shuffle_units(codes: torch.Tensor, k: int, in_place: bool = False) -> torch.Tensor:
+    """Codes uint8 [n, ceil(k/2)] in row order → units [ceil(n/16), padded k / 64, 32, 16] on the same device.
+
+    A few strips at a time. `in_place`: the units take the memory of the codes, which need n % 16 = k % 64 = 0.
+    """
+    n, shape = codes.shape[0], codes_shape(codes.shape[0], k, "units")
+    if in_place and (n % 16 or k % 64 or not codes.is_contiguous()):
+        raise BadInput(f"codes with n = {n}, k = {k} cannot become units in place: that needs n % 16 = k % 64 = 0")
+    units = codes.view(shape) if in_place else torch.empty(shape, dtype=torch.uint8, device=codes.device)
+    for strip in range(0, shape[0], CHUNK_STRIPS):
+        rows = codes[16 * strip : 16 * (strip + CHUNK_STRIPS)]
+        units[strip : strip + CHUNK_STRIPS] = _units_of(torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % 16)), k)
+    return units
+
+
 def unshuffle_codes(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Inverse of `shuffle_codes`."""
-    if list(tiles.shape) != codes_shape(n, k, "tiled"):
+    """Inverse of `shuffle_codes` and of `shuffle_units`, in new memory on the same device."""
+    if list(tiles.shape) not in (codes_shape(n, k, "tiled"), codes_shape(n, k, "units")):
         raise BadInput(f"tiles of shape {list(tiles.shape)} do not hold {n} x {k} codes")
+    if tiles.ndim == 4 or tiles.device.type != "cpu":
+        step = 16 * CHUNK_STRIPS
+        chunks = [torch.arange(row, min(row + step, n), device=tiles.device) for row in range(0, n, step)]
+        return torch.cat([pack(code_rows(tiles, ids, k)) for ids in chunks])
     codes, tiles = torch.empty(codes_shape(n, k, "row"), dtype=torch.uint8), tiles.contiguous()
     native.module().unshuffle(tiles.data_ptr(), codes.data_ptr(), n, k)
     return codes
@@ -36,18 +76,32 @@ def shuffle_scales(group_scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return tiles
 
 
+def convert_codes(codes: torch.Tensor, n: int, k: int, layout: str) -> torch.Tensor:
+    """Codes of an [n, k] weight in any layout → in `layout`; themselves if they are in it, else new memory."""
+    if LAYOUT_OF_NDIM[codes.ndim] == layout:
+        return codes
+    rows = codes if codes.ndim == 2 else unshuffle_codes(codes, n, k)
+    return {"row": lambda: rows, "tiled": lambda: shuffle_codes(rows, k), "units": lambda: shuffle_units(rows, k)}[
+        layout
+    ]()
+
+
 def to_layout(packed: PackedFP4, layout: str) -> PackedFP4:
-    """The same weight with its codes in layout "row" or "tiled"; group scales stay in row order."""
+    """The same weight with its codes in layout "row", "tiled" or "units"; group scales stay in row order."""
     if packed.layout == layout:
         return packed
-    n, k = packed.shape
-    codes = shuffle_codes(packed.codes, k) if layout == "tiled" else unshuffle_codes(packed.codes, n, k)
-    return dataclasses.replace(packed, codes=codes, layout=layout)
+    return dataclasses.replace(packed, codes=convert_codes(packed.codes, *packed.shape, layout), layout=layout)
 
 
 def code_rows(codes: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
-    """Codes (one a byte) [..., k] of the rows `ids` [...], from row order or from tiles."""
+    """Codes (one a byte) [..., k] of the rows `ids` [...], from any layout."""
     if codes.ndim == 2:
         return unpack(codes[ids], k)
+    if codes.ndim == 4:
+        words = codes.view(*codes.shape[:2], 8, 4, 4, 4)[ids // 16, :, ids % 8]  # [..., unit, t, q, byte]
+        upper = (ids % 16 >= 8)[..., None, None, None, None]
+        pairs = torch.where(upper, words[..., 2:], words[..., :2])
+        magnitudes = torch.stack([pairs & 7, pairs >> 4 & 7], -1).flatten(-2)
+        return (magnitudes | torch.where(upper, words, words >> 4) & 8).flatten(-4)[..., :k]
     rows = codes.view(codes.shape[0], -1, 16, 4)[ids // 16, :, ids % 16]
     return torch.cat([rows & 15, rows >> 4], dim=-1).flatten(-2)[..., :k]

@@ -31,3 +31,15 @@ def module():
 def cpu_kernels() -> dict[str, dict]:
     """Rows of the C++ kernel table by name: what each needs and whether this CPU has it."""
     return {row["name"]: row for row in module().kernels()}
+
+
+@functools.cache
+def problem_with_cuda() -> str | None:
+    """Why the native module has no CUDA kernels to offer, or None. Whether there is a GPU is another question."""
+    if problem_with_module():
+        return problem_with_module()
+    if not module().cuda_architectures:
+        return (
+            "the native module was built without nvcc: run 'pip install .' where nvcc is on PATH or in /usr/local/cuda"
+        )
+    return None

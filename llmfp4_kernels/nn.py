@@ -42,7 +42,7 @@ class FP4Module(nn.Module):
 
     So `.half()`, autocast, safetensors, LoRA, offloading and pickle leave it intact:
 
-        codes        [n, ceil(k/2)]   or, once a CPU kernel has run, tiles (layout.py); state_dict is in row order
+        codes        [n, ceil(k/2)]   or, once a kernel has run, its tiles (layout.py); state_dict is in row order
         row_scale    [n, 4]           float32 bytes
         elements     [2]              exponent bits of the weight's and the activation's element (0: 16-bit activations)
         group_scale  [n, ceil(k/G)]   raw E8M0 or E4M3, recipes with groups
@@ -120,7 +120,7 @@ class FP4Module(nn.Module):
             self._spec_of_meta = self.elements.is_meta
             # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
             self._spec_text = {
-                ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in ((2, "row"), (3, "tiled"))
+                ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in layout.LAYOUT_OF_NDIM.items()
             }
         return self._spec
 
@@ -219,15 +219,17 @@ class FP4Linear(FP4Module, nn.Linear):
         return None if self.bias is None or self.bias.requires_grad else self.bias
 
     def multiplier(self) -> Multiplier:
-        """The kernel side of this layer. On a CPU the first call replaces row order by tiles, layer by layer.
+        """The kernel side of this layer. The first call on a device puts the codes into its kernels' layout.
 
         Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
         """
         current = self._current
         if current is None or not current.holds(self._parameters.values()):
             with _shuffling:  # two threads may meet at a layer's first call
-                if self.codes.ndim == 2 and self.codes.device.type == "cpu" and not hasattr(self, "_hf_hook"):
-                    self.codes.data = layout.shuffle_codes(self.codes, self.in_features)
+                wanted = layout.PREFERRED.get(self.codes.device.type)
+                if wanted and layout.LAYOUT_OF_NDIM[self.codes.ndim] != wanted and not hasattr(self, "_hf_hook"):
+                    codes = self.codes.detach()
+                    self.codes.data = layout.convert_codes(codes, self.out_features, self.in_features, wanted)
                 *tensors, spec = self.op_arguments()
                 made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
                 current = self._current = CurrentMultiplier(list(self._parameters.values()), made)

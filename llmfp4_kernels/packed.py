@@ -32,8 +32,9 @@ def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def codes_shape(n: int, k: int, layout: str) -> list[int]:
-    """Shape of the codes of an [n, k] weight in a layout: "row" or "tiled" (tiles of 16 x 8, k padded to 64)."""
-    return [n, (k + 1) // 2] if layout == "row" else [-(-n // 16), -(-k // 64) * 8, 64]
+    """Shape of the codes of an [n, k] weight in a layout of layout.py: "row", or padded "tiled" and "units"."""
+    strips, units = -(-n // 16), -(-k // 64)
+    return {"row": [n, (k + 1) // 2], "tiled": [strips, units * 8, 64], "units": [strips, units, 32, 16]}[layout]
 
 
 def describe_dynamic(dynamic: Dynamic | None) -> dict | None:
@@ -58,7 +59,7 @@ class PackedFP4:
     """A weight [n, k] with 4 bits per value, and what the activations that meet it look like.
 
     codes        uint8 [n, ceil(k/2)]   two codes a byte, row order, even k in the low nibble; or, under a kernel,
-                                        the tiles of `layout.py` (layout = "tiled")
+                                        the tiles or units of `layout.py` (layout = "tiled", "units")
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None

@@ -81,7 +81,7 @@ class Kernel:
 
     name: str
     layout: str
-    """Layout of the codes it reads: "row" or "tiled"."""
+    """Layout of the codes it reads: "row", "tiled" or "units"."""
     refusal: Callable[[Problem], str | None]
     """None, or a sentence with the numbers that make this kernel decline."""
     prepare: Callable[[PackedFP4, torch.Tensor | None], Prepared]

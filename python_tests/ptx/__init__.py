@@ -97,9 +97,7 @@ class Program:
     def run(self, kernel: str, grid, block, args, shared: int = 0, seed: int = 0, limit_s: float = 30.0) -> Report:
         """One launch. A tensor is memory to read and write; an int is a 32-bit parameter, a float an fp32 one, a
         ctypes object itself. seed 0: threads in order; other seeds: a random schedule each."""
-        if kernel not in self.names:
-            raise FAULTS["BadLaunch"](f"no kernel {kernel}; there are {', '.join(self.names)}")
-        record = KernelRecord.in_dll(self.kernels, f"kernel_{kernel}")
+        record = self.record(kernel)
         if record.params != len(args):
             raise FAULTS["BadLaunch"](f"kernel {kernel}: {len(args)} arguments for {record.params} parameters")
         outs = self.register(args)
@@ -111,6 +109,25 @@ class Program:
                     f"kernel {kernel}: argument {i} has {given} bytes, the parameter {record.param[i].bytes}"
                 )
         pointers = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(v) for v in values))
+        return self.start(record, grid, block, shared, pointers, outs, seed, limit_s)
+
+    def launch(self, kernel: str, grid, block, shared: int, parameters, memory, seed=0, limit_s=30.0) -> Report:
+        """One launch as a CUDA launcher is asked for it. `parameters` is a C array of addresses of parameters,
+        `memory` what exists: (address, bytes, name, In | Out | None for both)."""
+        record, outs = self.record(kernel), []
+        self.machine.ptx_forget_memory()
+        for i, (address, bytes, name, mode) in enumerate(memory):
+            at = ctypes.c_void_p(address), ctypes.c_size_t(bytes)
+            self.machine.ptx_memory(*at, name.encode(), MODES.get(mode, 0))
+            outs += [i] if mode is Out else []
+        return self.start(record, grid, block, shared, parameters, outs, seed, limit_s)
+
+    def record(self, kernel: str) -> KernelRecord:
+        if kernel not in self.names:
+            raise FAULTS["BadLaunch"](f"no kernel {kernel}; there are {', '.join(self.names)}")
+        return KernelRecord.in_dll(self.kernels, f"kernel_{kernel}")
+
+    def start(self, record, grid, block, shared, pointers, outs, seed, limit_s) -> Report:
         begin = time.perf_counter()
         done = self.machine.ptx_run(
             ctypes.byref(record),

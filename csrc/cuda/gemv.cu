@@ -1,0 +1,64 @@
+#include "gemv.h"
+#include "product.h"
+
+using namespace llmfp4::cuda;
+
+template <class Operand, bool grouped>
+struct GemvKernels;
+
+// Up to 8 rows, and up to 16. Two blocks on a multiprocessor are wanted; left to itself ptxas spills to fit in four.
+#define GEMV(tag, Operand, grouped)                                                                    \
+    extern "C" __global__ void __launch_bounds__(gemv_threads)                                         \
+        gemv_##tag##_8(const __grid_constant__ Gemv<Operand> p) {                                      \
+        gemv_block<Operand, grouped, 1>(p);                                                            \
+    }                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(gemv_threads, grouped ? 1 : 2)                        \
+        gemv_##tag##_16(const __grid_constant__ Gemv<Operand> p) {                                     \
+        gemv_block<Operand, grouped, 2>(p);                                                            \
+    }                                                                                                  \
+    template <>                                                                                        \
+    struct GemvKernels<Operand, grouped> {                                                             \
+        static constexpr const char* names[] = {"gemv_" #tag "_8", "gemv_" #tag "_16"};                \
+        static constexpr void (*functions[])(const Gemv<Operand>) = {gemv_##tag##_8, gemv_##tag##_16}; \
+    };
+
+GEMV(int8, Int8, false)
+GEMV(f16, Halves<F16>, false)
+GEMV(bf16, Halves<Bf16>, false)
+GEMV(f16_grouped, Halves<F16>, true)
+GEMV(bf16_grouped, Halves<Bf16>, true)
+
+namespace llmfp4::cuda {
+
+// Enough blocks for two on each multiprocessor (32 KB of loads under way), as long as every warp keeps `depth` units.
+void plan_gemv(const Weight& w, int multiprocessors, Plan& plan) {
+    if (plan.rows > gemv_rows_limit)
+        throw std::invalid_argument("gemv takes up to " + std::to_string(gemv_rows_limit) + " rows, not " +
+                                    std::to_string(plan.rows));
+    const UnitLayout at{w.n, w.k};
+    const int strips = int(at.strips()), units = int(at.units_k());
+    const int wanted = plan.rows <= 2 ? 1 : plan.rows <= 8 ? 2 : 4;
+    plan.kernel = plan.rows > 8;
+    plan.warps_n = wanted < strips ? wanted : strips >= 2 ? 2 : 1;
+    const int blocks = (strips + plan.warps_n - 1) / plan.warps_n;
+    const int most = units / (gemv_warps / plan.warps_n * gemv_depth);
+    const int few = (2 * multiprocessors + blocks - 1) / blocks;
+    plan.splits = most < few ? most : few;
+    if (plan.splits < 1) plan.splits = 1;
+    plan.grid[0] = blocks, plan.grid[1] = plan.splits, plan.grid[2] = 1;
+    plan.counters = plan.splits > 1 ? blocks : 0;
+}
+
+void gemv(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
+    make_operands(w, a, plan, call);
+    with_operand(w, a, call, [&](auto type, auto table, auto grouped) {
+        using Operand = typename decltype(type)::type;
+        using Kernels = GemvKernels<Operand, grouped>;
+        const Gemv<Operand> p{product_of<Operand>(w, plan, call, table), output_of(w, plan, call), plan.warps_n};
+        const int shared = gemv_warps * 8 * (plan.kernel + 1) * unit_n * 4;
+        start(Kernels::names[plan.kernel], Kernels::functions[plan.kernel], plan.grid[0], plan.grid[1], 1, gemv_threads,
+              shared, !plan.direct, call.queue, p);
+    });
+}
+
+}  // namespace llmfp4::cuda

@@ -1,0 +1,47 @@
+// Host side of what both families launch: the Product of a weight and a call's operands.
+#pragma once
+#include "decode.h"
+#include "epilogue.h"
+#include "linear.h"
+
+namespace llmfp4::cuda {
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class Operand>
+Product<Operand> product_of(const Weight& w, const Plan& plan, const Call& call, typename Operand::Table table) {
+    const UnitLayout at{w.n, w.k};
+    const int k_bytes = int(plan.direct ? w.k : at.padded_k()) * Operand::bytes;
+    int group_shift = 0;
+    while (w.group_size >> group_shift > 16) ++group_shift;
+    return {static_cast<const uint4*>(w.codes),
+            plan.direct ? static_cast<const char*>(call.x) : call.workspace,
+            size_t(k_bytes),
+            plan.rows,
+            k_bytes,
+            int(at.units_k()),
+            int(at.strips()),
+            table,
+            static_cast<const ScalePair*>(w.group_scale),
+            w.scale_kind,
+            w.groups(),
+            group_shift};
+}
+
+// Calls launch(Operand{}, table, grouped) for the operand that the activations become.
+template <class F>
+void with_operand(const Weight& w, const Activations& a, const Call& call, F&& launch) {
+    if (a.integer()) return launch(Type<Int8>{}, Int8::Table(w.element), std::false_type{});
+    const bool bf16 = a.half_is_bf16(call.dtype);
+    const HalfTable table(w.element, bf16);
+    auto of = [&](auto operand) {
+        if (w.scale_kind == ScaleKind::none) return launch(operand, table, std::false_type{});
+        launch(operand, table, std::true_type{});
+    };
+    bf16 ? of(Type<Halves<Bf16>>{}) : of(Type<Halves<F16>>{});
+}
+
+}  // namespace llmfp4::cuda

@@ -1,0 +1,221 @@
+"""The CUDA kernels as rows of the registry. They share one layout, so a layer may use several, chosen by m.
+
+A row cuda.NAME is the file csrc/cuda/NAME.h or gemm_NAME.h. Its kernels go through `machine` below and through the
+native module's launcher: whoever replaces both runs the same Python, checks and launch geometry elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .. import native
+from ..errors import BadInput, NoKernel
+from ..formats import E8M0, Element
+from ..layout import to_layout
+from ..packed import PackedFP4
+from ..problem import Kernel, Problem
+from .cpu import largest_k
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+GEMV_ROWS = 16
+LEAST_CAPABILITY = (8, 0)
+GROUPS = (16, 32, 64, 128, 256, 512)
+"""Inputs that may share a group scale: whole multiples of what a lane holds."""
+GRID_LIMIT = 65535
+"""Tiles of 64 outputs along one side of a grid."""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Where a call runs: the stream, and what the launch geometry depends on."""
+
+    device: int
+    multiprocessors: int
+    overlap: bool
+    """Kernels may start before the one before them has ended (sm_90 and later)."""
+    stream: int
+
+
+class Machine:
+    """The GPUs that torch sees."""
+
+    device_type = "cuda"
+
+    def capability(self) -> tuple[int, int] | None:
+        """Of the current GPU; None without one."""
+        return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+    def queue(self, device: torch.device) -> Queue:
+        properties, stream = _properties(device.index), torch.cuda.current_stream(device).cuda_stream
+        return Queue(device.index, properties.multi_processor_count, properties.major >= 9, stream)
+
+
+machine = Machine()
+_properties = functools.cache(torch.cuda.get_device_properties)
+_counters: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+
+def _arrived(queue: Queue, count: int, device: torch.device) -> int:
+    """Address of `count` counters of this stream, zeros between kernels. Never freed: a captured graph may hold it."""
+    if count == 0:
+        return 0
+    known = _counters.setdefault((queue.device, queue.stream), [])
+    if not known or known[-1].numel() < count:
+        known.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    return known[-1].data_ptr()
+
+
+def _fields(element: Element) -> tuple[int, int, int]:
+    return element.exponent_bits, element.mantissa_bits, element.bias
+
+
+def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales uint8 [ceil(n/16), groups of padded k, 8, 2], row_scale): outputs g and g + 8 of a strip side by side.
+
+    E8M0 bytes become relative to the row's largest, which is 127 (1.0) then and goes into row_scale: fp16 holds them.
+    """
+    scales, row_scale = packed.group_scale, packed.row_scale
+    if packed.scale == E8M0:
+        largest = scales.amax(1, keepdim=True)
+        scales = (scales.int() + 127 - largest).clamp(min=0).to(torch.uint8)
+        row_scale = torch.ldexp(row_scale, largest[:, 0].int() - 127)
+    n, k = packed.shape
+    groups = -(-(-(-k // 64) * 64) // packed.group_size)
+    scales = torch.nn.functional.pad(scales, (0, groups - scales.shape[1], 0, -n % 16))
+    return scales.view(-1, 2, 8, groups).permute(0, 3, 2, 1).contiguous(), row_scale
+
+
+class Prepared:
+    """Units, scales and bias of one weight, and the C++ object that holds their addresses."""
+
+    def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
+        packed = to_layout(packed, "units")
+        self.n, self.k = packed.shape
+        self.device, self.plans = packed.codes.device, {}
+        self.tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.contiguous()}
+        if packed.scale:
+            self.tensors["group_scale"], self.tensors["row_scale"] = shuffle_group_scales(packed)
+        if bias is not None:
+            self.tensors["bias"] = bias.detach().float().contiguous()
+        self._linear = native.module().CudaLinear(
+            n=self.n,
+            k=self.k,
+            element=_fields(packed.element),
+            scale=packed.scale.name if packed.scale else "none",
+            group_size=packed.group_size,
+            **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
+        )
+        if packed.activation:
+            self._quantize_activations(packed)
+        elif packed.x_factor is not None or packed.shift is not None:
+            ones = torch.ones(self.k, device=self.device) if packed.x_factor is None else packed.x_factor
+            factor = ones if packed.shift is None else torch.ldexp(ones, -packed.shift.int())
+            self._linear.scale_activations(self._padded("x_factor", factor, 0))
+        self._check_devices()
+
+    def _padded(self, name: str, per_input: torch.Tensor, filler: int) -> int:
+        """Address of a tensor [k] padded to whole units."""
+        self.tensors[name] = torch.nn.functional.pad(per_input, (0, -self.k % 64), value=filler)
+        return self.tensors[name].data_ptr()
+
+    def _quantize_activations(self, packed: PackedFP4):
+        given = {"shift": packed.shift, "x_factor": packed.x_factor}
+        self._linear.quantize_activations(
+            _fields(packed.activation),
+            0.0 if packed.dynamic else packed.x_scale.item(),
+            packed.dynamic.group_size if packed.dynamic else 0,
+            **{name: self._padded(name, tensor, 0) for name, tensor in given.items() if tensor is not None},
+        )
+
+    def _check_devices(self):
+        others = {name: t.device for name, t in self.tensors.items() if t.device != self.device}
+        if self.device.type != machine.device_type or others:
+            raise NoKernel(f"the CUDA kernels take tensors on one GPU: codes are on {self.device}, others on {others}")
+
+    def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k] → y [..., n] of x's dtype, on torch's current stream; nothing waits for the GPU."""
+        if x.device != self.device:
+            raise BadInput(f"x is on {x.device}, the weight on {self.device}")
+        x = x.contiguous()
+        x = x.clone() if x.data_ptr() % 16 else x
+        m, name, queue = x.numel() // self.k, kernel.name.removeprefix("cuda."), machine.queue(self.device)
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype, device=x.device)
+        if m == 0:
+            return y
+        dtype = DTYPES[x.dtype]
+        plan = self.plans.get((name, m, dtype))
+        if plan is None:
+            plan = self.plans[name, m, dtype] = self._linear.plan(name, m, dtype, queue.multiprocessors)
+        workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
+        arrived = _arrived(queue, plan.counters, x.device)
+        self._linear.run(
+            name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(), arrived,
+            queue.device, queue.overlap, queue.stream,
+        )  # fmt: skip
+        return y
+
+
+def planes(problem: Problem) -> int:
+    """Rows of operands that a row of activations becomes: csrc/cuda/linear.h has the same."""
+    activation = problem.activation
+    if activation:  # int8; E3M0 with a shift takes two
+        return 2 if problem.shift and activation.max_integer << activation.max_shift > 127 else 1
+    # bf16 parts
+    return 4 if problem.dtype == torch.float32 else 2 if problem.x_factor or problem.shift else 1
+
+
+def _unusable(problem: Problem) -> str | None:
+    """Why no CUDA kernel runs here, whatever it multiplies."""
+    if problem.device != "cuda":
+        return f"runs on a GPU, the tensors are on {problem.device}"
+    if native.problem_with_cuda():
+        return native.problem_with_cuda()
+    capability = machine.capability()
+    if capability is None:
+        return "there is no GPU that torch can use"
+    if capability < LEAST_CAPABILITY:
+        return f"this GPU is sm_{capability[0]}{capability[1]}, the kernels need sm_80 (Ampere) or later"
+    return None
+
+
+def _refusal(name: str, problem: Problem) -> str | None:
+    unusable = _unusable(problem)
+    if unusable:
+        return unusable
+    if problem.dtype not in DTYPES:
+        return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+    if problem.n > 64 * GRID_LIMIT:
+        return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
+    why = _refusal_of_integers(problem) if problem.activation else _refusal_of_floats(problem)
+    if why:
+        return why
+    rows = problem.m * planes(problem)
+    if name == "gemv" and rows > GEMV_ROWS:
+        return f"{rows} rows of activations are more than {GEMV_ROWS}, which its registers hold"
+    return None
+
+
+def _refusal_of_integers(problem: Problem) -> str | None:
+    dynamic = problem.dynamic
+    if not problem.integer:
+        return f"{problem.scheme} with {problem.activation.name} activations and these scales is no sum of integers"
+    if dynamic and dynamic.group_size not in (0, *GROUPS):
+        return f"activation groups of {dynamic.group_size} inputs are none of {GROUPS}"
+    limit = largest_k(problem.element, problem.activation, problem.shift, dynamic)
+    if problem.k > limit:
+        return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
+    return None
+
+
+def _refusal_of_floats(problem: Problem) -> str | None:
+    if problem.scale and problem.group_size not in GROUPS:
+        return f"groups of {problem.group_size} inputs are none of {GROUPS}"
+    return None
+
+
+KERNELS = tuple(
+    Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), Prepared) for name in ("gemv", "sm80")
+)

@@ -1,0 +1,130 @@
+"""The CUDA kernels with one planted bug each, and what must be found: (kernel, file, what is wrong, old, new, faults)."""
+
+from __future__ import annotations
+
+import re
+
+from cuda_on_cpu import CSRC, headers_key
+from ptx import build
+
+INSTANCES = {  # name of the launch → its body
+    "quantize_activations": ("Quantize", "quantize_token(p)"),
+    "gemv_int8_8": ("Gemv<Int8>", "gemv_block<Int8, false, 1>(p)"),
+    "gemm_sm80_int8_64x32": ("Gemm<Int8>", "gemm_block<Int8, false, 1, 4>(p)"),
+    "gemm_sm80_f16_grouped_64x32": ("Gemm<Halves<F16>>", "gemm_block<Halves<F16>, true, 1, 4>(p)"),
+}
+QUANTIZE, GEMV, GEMM, GROUPED = INSTANCES
+WRONG = "wrong values"
+MUTANTS = [
+    (GEMM, "gemm_sm80.h", "waits for one group too few", "<gemm_stages - 2>", "<gemm_stages - 1>", "MissingWait"),
+    (GEMM, "gemm_sm80.h", "sums leave while copies arrive", "    wait_for_copies<0>();\n", "", "MissingWait Race"),
+    (GEMM, "gemm_sm80.h", "no commit", "end_of_copies();", "", "MissingWait Uninitialised"),
+    (GEMM, "gemm_sm80.h", "a stage too many", "% gemm_stages *", "% (gemm_stages + 1) *", "OutOfBounds"),
+    (GEMM, "gemm_sm80.h", "x of the next row", "p.x + (row0 + r)", "p.x + (row0 + r + 1)", "OutOfBounds Uninitialised"),
+    (GEMM, "gemm_sm80.h", "the edge of rows is not tested", "row0 + r < p.rows && ", "", "OutOfBounds Uninitialised"),
+    (GEMM, "gemm_sm80.h", "the edge of strips is not tested", "unit < end && strip < p.strips", "unit < end", "OutOfBounds"),
+    (GEMM, "gemm_sm80.h", "the end of k is not tested", "unit < end && strip < p.strips", "strip < p.strips", "OutOfBounds"),
+    (GEMM, "gemm_sm80.h", "no barrier before sums leave", "        block_barrier();\n        const Tile", "        const Tile", "Race Uninitialised"),
+    (GEMM, "gemm_sm80.h", "tokens of an accumulator swapped", "2 * t + e % 2", "2 * t + 1 - e % 2", WRONG),
+    (GEMM, "gemm_sm80.h", "outputs g and g + 8 swapped", "g + e / 2 * 8", "g + 8 - e / 2 * 8", WRONG),
+    (GEMM, "gemm_sm80.h", "x of the row after", "piece_at(8 * i + g,", "piece_at(8 * i + g + 1,", f"{WRONG} MissingWait Uninitialised"),
+    (GEMM, "gemm_sm80.h", "all warps multiply one strip", "weights_of(stage, warp * strips)", "weights_of(stage, 0)", WRONG),
+    (GEMM, "gemm_sm80.h", "splits of k overlap", "(blockIdx.z + 1) / gridDim.z", "(blockIdx.z + 2) / gridDim.z", f"{WRONG} OutOfBounds"),
+    (GEMM, "gemm_sm80.h", "tiles share a counter", "out.arrived + blockIdx.y * gridDim.x + blockIdx.x", "out.arrived", "Uninitialised Race wrong values"),
+    (GEMM, "epilogue.h", "the edge of tokens is not tested", "token >= out.m || ", "", "OutOfBounds"),
+    (GEMM, "epilogue.h", "the edge of outputs is not tested", " || tile.out0 + o >= out.n", "", "OutOfBounds Race"),
+    (GEMM, "epilogue.h", "the bias of another output", "out.bias[tile.out0 + o]", "out.bias[o]", WRONG),
+    (GEMM, "epilogue.h", "splits keep sums in one place", "(size_t(split) * out.planes * out.m + row)", "size_t(row)", f"{WRONG} Race"),
+    (GEMM, "epilogue.h", "the first split counts twice", "int split = 1; split < out.splits", "int split = 0; split < out.splits", WRONG),
+    (GEMM, "epilogue.h", "the last split is forgotten", "split < out.splits;", "split < out.splits - 1;", WRONG),
+    (GEMM, "epilogue.h", "no barrier after adding splits", "    block_barrier();\n    finish", "    finish", "Race"),
+    (GEMM, "epilogue.h", "planes have one weight", "int64_t(plane_weight) * sum", "int64_t(1) * sum", WRONG),
+    (GEMM, "epilogue.h", "the scale of another token", "out.x_scale[token]", "out.x_scale[token ? token - 1 : 0]", WRONG),
+    (GEMM, "device.h", "no fence before the counter", "        __threadfence();\n        *flag", "        *flag", "Race"),
+    (GEMM, "device.h", "no fence after the counter", "== count - 1;\n        __threadfence();", "== count - 1;", "Race"),
+    (GEMM, "device.h", "the counter is no atomic", "atomicInc(counter, count - 1)", "(*counter)++", "Race"),
+    (GEMM, "device.h", "no barrier before the counter", "    __syncthreads();\n    if (threadIdx.x == 0) {", "    if (threadIdx.x == 0) {", "Race"),
+    (GEMM, "device.h", "no barrier after the counter", "    }\n    __syncthreads();\n    return *flag", "    }\n    return *flag", "Race Uninitialised"),
+    (GEMM, "device.h", "operands of a product swapped", '"r"(b0), "r"(b1)', '"r"(b1), "r"(b0)', WRONG),
+    (GEMM, "device.h", "signs of other codes", "0xba98", "0xab98", WRONG),
+    (GEMM, "device.h", "a block waits for its own copies only", '::"n"(left) : "memory");\n    __syncthreads();', '::"n"(left) : "memory");', "MissingWait Race Uninitialised"),
+    (GEMM, "decode.h", "signs of outputs g for g + 8", "sign_masks(word << 4)", "sign_masks(word)", WRONG),
+    (GEMM, "decode.h", "magnitudes of other outputs", "upper = magnitudes >> 16", "upper = magnitudes >> 12", WRONG),
+    (GROUPED, "decode.h", "scales of g and g + 8 swapped", "i % 2 ? high : low", "i % 2 ? low : high", WRONG),
+    (GROUPED, "decode.h", "one scale for four groups", "((4 * unit + t) >> p.group_shift)", "((4 * unit) >> p.group_shift)", WRONG),
+    (GROUPED, "decode.h", "a pair of weights swapped", "0x3424", "0x2434", WRONG),
+    (GROUPED, "gemm_sm80.h", "scales of another strip", "strip0 + threadIdx.x / 4;", "strip0 + threadIdx.x % 4;", WRONG),
+    (GROUPED, "gemm_sm80.h", "pieces of x are read as they were not written", "+ g, Operand::vectors * t + v", "+ g, (Operand::vectors * t + v) ^ 1", WRONG),
+    (GEMV, "gemv.h", "codes beyond the slice", "const bool inside = unit < share.end;", "const bool inside = true;", f"{WRONG} OutOfBounds"),
+    (GEMV, "gemv.h", "the edge of rows is not tested", "row < p.rows && ", "", "OutOfBounds Uninitialised"),
+    (GEMV, "gemv.h", "the edge of strips is not tested", "if (strip >= strips) end = begin;", "", "OutOfBounds"),
+    (GEMV, "gemv.h", "no barrier before slices are added", "    block_barrier();\n    for", "    for", "Race Uninitialised"),
+    (GEMV, "gemv.h", "no barrier after slices are added", "    }\n    block_barrier();\n    const Tile", "    }\n    const Tile", "Race"),
+    (GEMV, "gemv.h", "slices of other strips are added", "slice < gemv_warps / warps_n", "slice < gemv_warps", "OutOfBounds Uninitialised wrong values"),
+    (GEMV, "gemv.h", "activations a unit late", "weights.multiply(acc[j], x[i % 2][j])", "weights.multiply(acc[j], x[(i + 1) % 2][j])", WRONG),
+    (GEMV, "gemv.h", "a misaligned stream", "+ lane;\n", "+ lane + 1;\n", f"{WRONG} OutOfBounds"),
+    (QUANTIZE, "quantize.h", "no barrier in the largest value", "    block_barrier();\n    uint32_t largest = 0;", "    uint32_t largest = 0;", "Race Uninitialised"),
+    (QUANTIZE, "quantize.h", "a vector past the row", "k0 + chunk_k <= q.k &&", "k0 <= q.k &&", "OutOfBounds"),
+    (QUANTIZE, "quantize.h", "the vector's alignment is not tested", "(from) % 16 == 0", "(from) % 2 == 0", "Misaligned"),
+    (QUANTIZE, "quantize.h", "inputs past the row", "if (k0 + i < q.k)", "if (true)", "OutOfBounds wrong values"),
+    (QUANTIZE, "quantize.h", "lanes of a group do not meet", "lanes < q.group_size / chunk_k", "lanes < 1", WRONG),
+    (QUANTIZE, "quantize.h", "a shuffle in part of a warp", "quantize_best(q, v);", "if (k0 < q.padded_k) quantize_best(q, v);", "DivergentWarp"),
+    (QUANTIZE, "quantize.h", "planes of two tokens meet", "token * q.planes + 1", "token + 1", "Race wrong values"),
+    (QUANTIZE, "quantize.h", "integers past the row", "if (k0 < q.padded_k) {\n            if (special)", "{\n            if (special)", "OutOfBounds Race"),
+    (QUANTIZE, "quantize.h", "shifts of other inputs", "(8 * (i % 4)) & 0xffu", "(8 * (3 - i % 4)) & 0xffu", WRONG),
+]  # fmt: skip
+HEADERS = [
+    CSRC / name
+    for name in [
+        "core/element.h",
+        "core/scale.h",
+        "core/half.h",
+        "core/layout.h",
+        "core/units.h",
+        "cuda/launch.h",
+        "cuda/linear.h",
+        "cuda/device.h",
+        "cuda/decode.h",
+        "cuda/epilogue.h",
+        "cuda/quantize.h",
+        "cuda/gemv.h",
+        "cuda/gemm_sm80.h",
+    ]
+]
+INCLUDES = "#include <cstddef>\n#include <cstdint>\n#include <stdexcept>\n#include <string>\n"
+CUDA_INCLUDES = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
+
+
+def mutated(file: str, old: str, new: str) -> str:
+    """All headers of a kernel as one text, with one change."""
+    texts = []
+    for path in HEADERS:
+        text = path.read_text()
+        if path.name == file:
+            if old not in text:
+                raise ValueError(f"{file} has no `{old}`")
+            text = text.replace(old, new)
+        texts.append(re.sub(r"^#(include|pragma once).*$", "", text, flags=re.M))
+    return "\n".join(texts)
+
+
+def combined(numbers) -> str:
+    """The mutants of these numbers in one file, number i's kernel called mutant_i: nvcc and g++ start once."""
+    parts = [INCLUDES, CUDA_INCLUDES]
+    for i in numbers:
+        kernel, file, _, old, new, _ = MUTANTS[i]
+        parameters, body = INSTANCES[kernel]
+        # Shared memory is declared per kernel; host functions of all mutants live in namespaces of their own.
+        parts.append(f"namespace n{i} {{\n{mutated(file, old, new)}\n}}")
+        spaces = f"using namespace n{i}::llmfp4; using namespace n{i}::llmfp4::cuda;"
+        parts.append(
+            f"namespace k{i} {{ {spaces}\n"
+            f'extern "C" __global__ void mutant_{i}(const __grid_constant__ {parameters} p) {{ {body}; }} }}'
+        )
+    return "\n".join(parts)
+
+
+def ptx_of(numbers) -> str:
+    text = build.ptx(combined(numbers), "sm_80", (f"-DHEADERS={headers_key()}",))
+    build.kernels(text)
+    return text

@@ -1,0 +1,177 @@
+"""backends/cuda.py on the PTX machine: its Python, its checks, its launch geometry, and the PTX of its kernels.
+
+    with OnCpu() as gpu:
+        y = gpu.run(prepared, "cuda.gemv", x)
+
+Two things are put in the place of CUDA's: `cuda.machine`, which names the device and the stream, and the native
+module's launcher, which is handed grid, block, shared memory and parameters of each launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from ptx import FAULTS, In, Out, Program, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmfp4_kernels import native
+from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.problem import Kernel
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = sorted(p for p in (CSRC / "cuda").glob("*.cu") if p.name != "runtime.cu")
+
+
+class Launch(ctypes.Structure):
+    """csrc/cuda/launch.h's."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32),
+        ("shared", ctypes.c_uint32),
+        ("overlap", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+LAUNCHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch), ctypes.POINTER(ctypes.c_void_p))
+
+
+def headers_key() -> str:
+    return build.digest(*(p.read_text() for p in sorted(CSRC.glob("c*/*.h"))))
+
+
+def translated(source: Path, arch: str = "sm_80") -> str:
+    """The PTX of a .cu file of csrc/cuda, translated and compiled into the cache."""
+    options = ("-I", str(source.parent), f"-DHEADERS={headers_key()}")
+    text = build.ptx(source.read_text(), arch, options)
+    build.kernels(text)
+    return text
+
+
+@functools.cache
+def all_kernels() -> list[Program]:
+    """Of every .cu file, compiled once; nvcc and g++ of two files run side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(translated, SOURCES))
+    return [Program(text) for text in texts]
+
+
+class CpuMachine:
+    device_type = "cpu"
+
+    def __init__(self, multiprocessors: int = 2):
+        self.multiprocessors = multiprocessors
+
+    def capability(self):
+        return 8, 0
+
+    def queue(self, device):
+        return cuda.Queue(0, self.multiprocessors, False, 0)
+
+
+class Allocations(TorchDispatchMode):
+    """Every tensor that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made.append(result)
+        return result
+
+
+class OnCpu:
+    """While it is entered, CUDA launches run on the PTX machine; seed as Program.run's.
+
+    `instead` names the kernels of `programs` that run in place of others.
+    """
+
+    def __init__(self, programs: list[Program], multiprocessors=2, seed=0, limit_s=60.0, instead=None):
+        self.programs = {name: program for program in programs for name in program.names}
+        self.instead = instead or {}
+        self.machine, self.seed, self.limit_s = CpuMachine(multiprocessors), seed, limit_s
+        self.launched: list[str] = []
+
+    def __enter__(self):
+        self.before, cuda.machine = cuda.machine, self.machine
+        cuda._counters.clear()
+        self.callback = LAUNCHER(self.launch)
+        native.module().set_cuda_launcher(ctypes.cast(self.callback, ctypes.c_void_p).value)
+        return self
+
+    def __exit__(self, *_):
+        cuda.machine = self.before
+        cuda._counters.clear()
+        native.module().set_cuda_launcher(0)
+
+    def run(self, prepared: cuda.Prepared, kernel: str, x: torch.Tensor) -> torch.Tensor:
+        """prepared.run with a fresh, poisoned y, of which every byte must have been written."""
+        self.prepared, self.kernel, self.x, self.fault, self.launched = prepared, kernel, x, None, []
+        with Allocations() as self.allocations:
+            try:
+                y = prepared.run(Kernel(kernel, "units", lambda p: None, cuda.Prepared), x)
+            except RuntimeError:
+                raise self.fault or AssertionError("a launch failed without a fault") from None
+        counters = [c for known in cuda._counters.values() for c in known]
+        assert all(not c.any() for c in counters), "a counter of arrived blocks is not 0 again"
+        return y
+
+    def memory(self, name: str):
+        """What a launch may touch, and how."""
+        made = self.allocations.made
+        m = self.x.numel() // self.prepared.k
+        plan = self.prepared.plans[self.kernel.removeprefix("cuda."), m, cuda.DTYPES[self.x.dtype]]
+        shape = (*self.x.shape[:-1], self.prepared.n)
+        y = next(t for t in reversed(made) if t.dtype == self.x.dtype and t.shape == shape)
+        workspace = next(t for t in reversed(made) if t.dtype == torch.uint8 and t.numel() == plan.bytes)
+        whole = self.x.is_contiguous() and self.x.data_ptr() % 16 == 0
+        x = self.x if whole else next(t for t in reversed(made) if t.shape == self.x.shape and t is not y)
+        first = name.endswith("activations")
+        known = [(t, n, In) for n, t in self.prepared.tensors.items()] + [(x, "x", In)]
+        known += [(c, "counters", None) for known in cuda._counters.values() for c in known]
+        if not first:
+            known.append((y, "y", Out))
+        rows = [(t.data_ptr(), t.numel() * t.element_size(), n, mode) for t, n, mode in known]
+        at, modes = workspace.data_ptr(), (Out, Out, None) if first else (In, In, Out)
+        for bytes, what, mode in zip(plan.parts, ("operands", "x_scale", "partial"), modes):
+            rows.append((at, bytes, what, mode))
+            at += bytes
+        return [row for row in rows if row[1]]
+
+    def launch(self, launch, parameters) -> int:
+        one = launch.contents
+        name = one.name.decode()
+        self.launched.append(name)
+        try:
+            if name not in self.programs:
+                raise FAULTS["BadLaunch"](f"no PTX of kernel {name}")
+            memory = self.memory(name)
+            program = self.programs[self.instead.get(name, name)]
+            report = program.launch(
+                self.instead.get(name, name),
+                tuple(one.grid),
+                one.block,
+                one.shared,
+                parameters,
+                memory,
+                self.seed,
+                self.limit_s,
+            )
+            outs = [row for row in memory if row[3] is Out]
+            unwritten = [count for row, count in zip(outs, report.unwritten) if row[2] == "y"]
+            assert not any(unwritten), f"kernel {name} left {unwritten} bytes of y unwritten"
+        except BaseException as fault:
+            self.fault = fault
+            return 1
+        return 0

@@ -1,0 +1,74 @@
+"""Planted bugs in the CUDA kernels: each is caught, by name, on the PTX machine through the real Python path."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import random_packed, random_x, same_bits
+from cuda_mutants import GEMM, GEMV, GROUPED, MUTANTS, QUANTIZE, ptx_of
+from cuda_on_cpu import OnCpu, all_kernels
+from ptx import FAULTS, Program, missing
+from test_dynamic import dynamic_packed, wild_x
+
+from llmfp4_kernels import native, reference
+from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, Dynamic
+
+WHY_NOT = missing() or native.problem_with_cuda()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(ptx_of, (range(0, len(MUTANTS), 2), range(1, len(MUTANTS), 2))))
+    return [*all_kernels(), *map(Program, halves)]
+
+
+def problems(kernel):
+    """(packed, x, bias) that reach every line of a kernel: ragged in m, n and k, k split over blocks, two planes."""
+    if kernel == GROUPED:
+        yield random_packed(100, 1096, E2M1, scale=E4M3, group_size=16), random_x(20, 1096, torch.float16) / 64, None
+        return
+    if kernel == QUANTIZE:
+        yield dynamic_packed(20, 330, E2M1, E2M1, Dynamic(32, INTEGER)), wild_x(3, 330, torch.bfloat16), None
+        yield random_packed(20, 330, E2M1, E2M1, True), random_x(3, 330), None
+        yield random_packed(20, 330, E2M1, E3M0, True), random_x(3, 330), None
+        return
+    m = 5 if kernel == GEMV else 20
+    yield random_packed(70, 2100, E2M1, E2M1, True), random_x(m, 2100, torch.bfloat16), torch.randn(70)
+    packed = dynamic_packed(150, 1100, E2M1, E2M1, Dynamic())
+    yield packed, wild_x(m, 1100), torch.randn(150)
+    yield random_packed(70, 2100, E2M1, E3M0, True), random_x(m // 2, 2100), None
+    yield random_packed(70, 130, E2M1, E3M0, True), random_x(m // 2, 130), None  # k is not split
+
+
+def outcome(kernel, instead, programs):
+    family = "cuda.sm80" if kernel in (GEMM, GROUPED) else "cuda.gemv"
+    for packed, x, bias in problems(kernel):
+        expected = reference.gemm(x, packed, bias).to(x.dtype)
+        with OnCpu(programs, multiprocessors=16, limit_s=20, instead=instead) as gpu:
+            y = gpu.run(cuda.Prepared(packed, bias), family, x)
+            assert kernel in gpu.launched
+        if kernel == GROUPED:
+            if not torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+                return "wrong values", ""
+        elif not same_bits(y, expected):
+            return "wrong values", ""
+    return "right values", ""
+
+
+@pytest.mark.parametrize("kernel", [QUANTIZE, GEMV, GEMM, GROUPED])
+def test_without_a_bug_the_values_are_right(kernel, programs):
+    assert outcome(kernel, {}, programs)[0] == "right values"
+
+
+@pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[f"{m[1]}: {m[2]}" for m in MUTANTS])
+def test_planted_bug_is_caught_by_name(programs, i):
+    kernel, _, _, _, _, expected = MUTANTS[i]
+    try:
+        found, text = outcome(kernel, {kernel: f"mutant_{i}"}, programs)
+    except tuple(FAULTS.values()) as fault:
+        found, text = type(fault).__name__, str(fault)
+        assert text.startswith(f"kernel mutant_{i}, block (") and "PTX line" in text
+    assert found in expected, f"{found}: {text}"
