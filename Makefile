@@ -21,7 +21,7 @@ test: build
 # What takes part in every shape; the first one is measured with all rivals and recipes.
 FEW := --rivals torch-bf16 onednn-int8 onednn-int-mm torch-int4 onnxruntime-a8 llama.cpp-mxfp4-cpu_repack \
        llama.cpp-q4_0-cpu_repack llama.cpp-q4_0-amx llama.cpp-q4_k-cpu_repack llama.cpp-q4_k-amx \
-       --schemes gptq-fp4-a4 gptq-fp4-a8 mxfp4-a8 llm-fp4-a16 llm-fp4-a16:bf16
+       --schemes gptq-fp4-a4 gptq-fp4-a8 mxfp4-a8-int nvfp4-a8-int llm-fp4-a16 llm-fp4-a16:bf16
 RESULTS := benchmarks/results
 
 bench: export OMP_WAIT_POLICY = passive
