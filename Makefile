@@ -4,13 +4,15 @@
 # make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 #                                         (ARGS="--recipes llm-fp4" and the like are passed on)
+# make gpu-check   on a machine with a GPU: build for it, test it (benchmarks/gpu_check.py)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h \
+	python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
 
-.PHONY: demo test lint format build clean bench accuracy ablations zero-shot
+.PHONY: demo test lint format build clean bench accuracy ablations zero-shot gpu-check
 demo: build
 	$(PY) benchmarks/demo.py
 
@@ -44,6 +46,10 @@ build/ggml/native build/ggml/avx2: $(VENV)/installed
 
 accuracy ablations: build
 	OMP_WAIT_POLICY=passive $(PY) benchmarks/$@.py $(ARGS)
+
+# On a machine with a GPU and a Python with torch, without network; wheels that are missing there come from .whl/.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 zero-shot: build $(VENV)/zero-shot
 	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) benchmarks/zero_shot.py $(ARGS)

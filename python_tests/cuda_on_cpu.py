@@ -9,6 +9,7 @@ module's launcher, which is handed grid, block, shared memory and parameters of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,9 @@ class CpuMachine:
 
     def queue(self, device):
         return cuda.Queue(0, self.multiprocessors, False, 0)
+
+    def on(self, device):
+        return contextlib.nullcontext()
 
 
 class Allocations(TorchDispatchMode):

@@ -52,6 +52,10 @@ class Machine:
         properties, stream = _properties(device.index), torch.cuda.current_stream(device).cuda_stream
         return Queue(device.index, properties.multi_processor_count, properties.major >= 9, stream)
 
+    def on(self, device: torch.device):
+        """Makes `device` the current one for torch and for the launcher; a context manager."""
+        return torch.cuda.device(device)
+
 
 machine = Machine()
 _properties = functools.cache(torch.cuda.get_device_properties)
@@ -151,10 +155,11 @@ class Prepared:
             plan = self.plans[name, m, dtype] = self._linear.plan(name, m, dtype, queue.multiprocessors)
         workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
         arrived = _arrived(queue, plan.counters, x.device)
-        self._linear.run(
-            name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(), arrived,
-            queue.device, queue.overlap, queue.stream,
-        )  # fmt: skip
+        with machine.on(self.device):
+            self._linear.run(
+                name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(), arrived,
+                queue.device, queue.overlap, queue.stream,
+            )  # fmt: skip
         return y
 
 

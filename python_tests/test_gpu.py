@@ -1,0 +1,109 @@
+"""The CUDA kernels on the GPU that is here: `make gpu-check`. Skipped without one."""
+
+import pytest
+import torch
+from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random_x, same_bits
+from test_dynamic import INTEGER_ACTIVATIONS, dynamic_packed, wild_x
+
+from llmfp4_kernels import FP4Linear, native, reference
+from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.errors import BadInput
+from llmfp4_kernels.formats import E1M2, E2M1, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic
+from llmfp4_kernels.problem import Problem
+
+WHY_NOT = "there is no GPU that torch can use" if not torch.cuda.is_available() else native.problem_with_cuda()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+SHAPES = [*ODD_SHAPES, (1, 4096, 4096), (16, 2048, 4104), (128, 1000, 3000), (300, 512, 11008)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def no_errors_left():
+    yield
+    torch.cuda.synchronize()
+
+
+def runs(packed, x, bias=None):
+    """(row's name, y on the CPU) of each row that takes the problem; twice, with the same bits."""
+    on_gpu = packed.to("cuda")
+    prepared = cuda.Prepared(on_gpu, None if bias is None else bias.cuda())
+    for kernel in cuda.KERNELS:
+        if kernel.refusal(Problem.of(on_gpu, len(x), x.dtype)) is None:
+            y = prepared.run(kernel, x.cuda()).cpu()
+            assert same_bits(prepared.run(kernel, x.cuda()).cpu(), y), f"{kernel.name}: other bits the second time"
+            yield kernel.name, y
+
+
+@pytest.mark.parametrize("pair", ELEMENT_PAIRS, ids=lambda p: f"{p[0].name}x{p[1].name}")
+def test_static_integers(pair):
+    for i, (m, n, k) in enumerate(SHAPES):
+        packed, bias = random_packed(n, k, *pair, shift=i % 2 == 0), torch.randn(n)
+        x = random_x(m, k, DTYPES[i % 3])
+        expected = reference.gemm(x, packed, bias).to(x.dtype)
+        for name, y in runs(packed, x, bias):
+            assert same_bits(y, expected), (name, m, n, k)
+
+
+@pytest.mark.parametrize(("activation", "dynamic"), [a for a in INTEGER_ACTIVATIONS if a[1].group_size != 24], ids=str)
+def test_dynamic_integers(activation, dynamic):
+    for i, (m, n, k) in enumerate([(1, 24, 66), (7, 33, 40), (40, 130, 1031), (16, 512, 9000), (130, 512, 4096)]):
+        packed, x = dynamic_packed(n, k, E2M1, activation, dynamic), wild_x(m, k, DTYPES[i % 3])
+        expected = reference.gemm(x, packed).to(x.dtype)
+        for name, y in runs(packed, x):
+            assert same_bits(y, expected), (name, m, n, k)
+
+
+@pytest.mark.parametrize("group", [*GROUP_SCALES, (E8M0, 16)], ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floats(group, dtype):
+    """Tensor cores add with fewer bits than fp32: 2^-21 of Σ|x·w| a step of 16, plus what test_cuda_float allows."""
+    from test_cuda_float import exact_and_bound
+
+    for i, (m, n, k) in enumerate(SHAPES):
+        element = list(FP4_ELEMENTS.values())[i % 3]
+        packed, bias = random_packed(n, k, element, scale=group[0], group_size=group[1]), torch.randn(n)
+        x = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1)
+        exact, bound = exact_and_bound(packed, x, bias)
+        bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
+        for name, y in runs(packed, x, bias):
+            assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+
+
+def test_graphs_replay_and_streams_do_not_meet():
+    packed = dynamic_packed(512, 4096, E2M1, E2M1, Dynamic(16, INTEGER))
+    layer = FP4Linear.from_packed(packed.to("cuda"))
+    x = random_x(4, 4096, torch.bfloat16).cuda()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    for seed in (1, 2):
+        x.copy_(random_x(4, 4096, torch.bfloat16, seed))
+        graph.replay()
+        assert same_bits(y.cpu(), reference.gemm(x.cpu(), packed).to(y.dtype))
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for stream in streams * 8:
+        with torch.cuda.stream(stream):
+            results.append(layer(x))
+    torch.cuda.synchronize()
+    assert all(same_bits(r.cpu(), y.cpu()) for r in results)
+
+
+def test_layers_move_between_devices():
+    packed, x = random_packed(40, 130, E2M1, E2M1, True), random_x(9, 130)
+    layer, expected = FP4Linear.from_packed(packed), reference.gemm(random_x(9, 130), packed)
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        layer = layer.to(device)
+        assert same_bits(layer(x.to(device)).cpu(), expected)
+        assert layer.kernel(9).startswith(f"{device}.")
+        assert torch.equal(layer.state_dict()["codes"].cpu(), packed.codes)
+    with pytest.raises(BadInput, match="x is on cpu"):
+        layer(x)
+
+
+def test_tensors_that_no_kernel_takes_run_on_the_reference():
+    packed = random_packed(40, 130, E1M2, scale=E4M3, group_size=24)
+    with pytest.warns(UserWarning, match="groups of 24"):
+        y = FP4Linear.from_packed(packed.to("cuda"))(random_x(3, 130).cuda())
+    torch.testing.assert_close(y.cpu(), reference.gemm(random_x(3, 130), packed))
