@@ -1,4 +1,7 @@
-"""Write the README's figures from the files in benchmarks/results/: python benchmarks/figures.py."""
+"""Write the README's figures from the files in benchmarks/results/: python benchmarks/figures.py.
+
+The README shows one shape of products, results/products.md all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ from tables import where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+SHOWN = 4096, 4096
+"""n and k of the products in the README."""
 
 
 def demo_table(report: dict) -> list[str]:
@@ -41,7 +48,8 @@ def demo_table(report: dict) -> list[str]:
 def speed(results: Path) -> list[list[str]]:
     demo = results / "demo.json"
     parts = [demo_table(json.loads(demo.read_text()))] if demo.is_file() else []
-    parts += tables_speed.gemm_tables(lines_of(results / "gemm.jsonl"))
+    rows = lines_of(results / "gemm.jsonl")
+    parts += tables_speed.gemm_tables([row for row in rows if (row["n"], row["k"]) == SHOWN])
     for name, draw in (("model", tables_speed.model_table), ("quantize", tables_speed.quantize_table)):
         rows = lines_of(results / f"{name}.jsonl")
         parts += [draw(rows)] if rows else []
@@ -84,6 +92,10 @@ def main() -> int:
     if "<!-- figures: begin -->" not in text:
         sys.exit(f"{readme} has no figures markers")
     readme.write_text(fill(text, RESULTS))
+    products = tables_speed.gemm_tables(lines_of(RESULTS / "gemm.jsonl"))
+    if products:
+        text = "\n\n".join("\n".join(part) for part in products).replace("`results/", "`")
+        (RESULTS / "products.md").write_text(f"# Products of every shape\n\n{text}\n")
     return 0
 
 
