@@ -24,8 +24,8 @@ from shared_cases import LINEAR_SHAPES
 
 from llmfp4_kernels.errors import BadInput, NoKernel
 
-SCHEMES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16", "llm-fp4-a16:bf16", "mxfp4",
-           "nvfp4")  # fmt: skip
+SCHEMES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16",
+           "llm-fp4-a16:bf16", "mxfp4", "nvfp4")  # fmt: skip
 FIRST = "torch-fp32"
 
 
