@@ -1,6 +1,6 @@
 """Write the README's figures from the files in benchmarks/results/: python benchmarks/figures.py.
 
-The README shows one shape of products, results/products.md all of them.
+The README shows the first shape of products, results/products.md all of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from tables import where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-SHOWN = 4096, 4096
-"""n and k of the products in the README."""
 
 
 def demo_table(report: dict) -> list[str]:
@@ -49,7 +45,7 @@ def speed(results: Path) -> list[list[str]]:
     demo = results / "demo.json"
     parts = [demo_table(json.loads(demo.read_text()))] if demo.is_file() else []
     rows = lines_of(results / "gemm.jsonl")
-    parts += tables_speed.gemm_tables([row for row in rows if (row["n"], row["k"]) == SHOWN])
+    parts += tables_speed.gemm_tables([row for row in rows if (row["n"], row["k"]) == (rows[0]["n"], rows[0]["k"])])
     for name, draw in (("model", tables_speed.model_table), ("quantize", tables_speed.quantize_table)):
         rows = lines_of(results / f"{name}.jsonl")
         parts += [draw(rows)] if rows else []
