@@ -82,14 +82,15 @@ TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer}
 
 
 def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
-    """The copies to be timed, each called once; all results are checked where a call is cheap, else the first."""
-    ready, started = [], time.perf_counter()
-    for call in reversed(contender.calls):
+    """The copies to be timed, each called once and its result checked."""
+    ready, called = [], 0.0
+    for call in contender.calls:
+        started = time.perf_counter()
         y = call(operand)
-        if not ready or len(operand) <= 4:
-            contender.check(operand, y)
+        called += time.perf_counter() - started
+        contender.check(operand, y)
         ready.append(call)
-        if len(ready) >= 4 and time.perf_counter() - started > WARM_UP:
+        if len(ready) >= 4 and called > WARM_UP:
             break
     return ready
 
@@ -99,7 +100,7 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
 
     seconds is the median, spread the interquartile range over it, ratio how many times faster than the first contender,
     the median of pairs from the same round, others the CPUs that other processes kept busy meanwhile. Nothing is timed
-    before every contender was checked; `check` raises for a wrong one.
+    before every contender was checked, and each is checked again afterwards; `check` raises for a wrong one.
     """
     inputs = {(c.x_dtype, c.device): x.to(c.device, c.x_dtype) for c in contenders}
     rows, turns = [], []
@@ -114,7 +115,10 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
             for contender, row, turn in zip(contenders, rows, turns):
                 operand = inputs[contender.x_dtype, contender.device]
                 row["times"].append(TIMERS[contender.device](turn, operand, budget))
-    others = machine.others(before)
+        others = machine.others(before)
+        for contender, turn in zip(contenders, turns):
+            operand = inputs[contender.x_dtype, contender.device]
+            contender.check(operand, next(turn)(operand))
     for row in rows:
         row["others"] = others
         row["seconds"] = statistics.median(row["times"])

@@ -26,9 +26,12 @@ def _git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The commit the tree stands on, with "-dirty" if tracked files differ from it; "unknown" without git."""
+    """The commit the tree stands on, "-dirty" if tracked files but results differ from it; "unknown" without git."""
     head = _git("rev-parse", "HEAD")
-    return (head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
+    return (
+        head
+        + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") else "")
+    ) or "unknown"
 
 
 def load() -> float:

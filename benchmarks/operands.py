@@ -80,23 +80,40 @@ def per_block(block: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return rounded
 
 
+def require_shape(name: str, weight: Weight, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise NoKernel unless y is [m, n]."""
+    if list(y.shape) != [len(x), weight.n]:
+        raise NoKernel(f"refusing to time {name}: its result is {list(y.shape)}, expected [{len(x)}, {weight.n}]")
+
+
 class Product:
     """check(x, y): y is what is left of x, times the weight that codes stand for, within a share of Σ|x||w|.
 
     probe: float [PROBE, k], the dequantized rows. activation: what the contender makes of x. A wrong step of a
-    quantized activation, a tie that falls the other way, is 1/127 of one product of k.
+    quantized activation, a tie that falls the other way, is 1/127 of one product of k. result: what the rounding of y
+    adds, relative to |y|.
     """
 
-    def __init__(self, name: str, weight: Weight, probe: torch.Tensor, relative: float, activation=torch.Tensor.double):
+    def __init__(
+        self,
+        name: str,
+        weight: Weight,
+        probe: torch.Tensor,
+        relative: float,
+        activation=torch.Tensor.double,
+        result=0.0,
+    ):
         self.name, self.weight, self.probe, self.relative = name, weight, probe.double(), relative
-        self.activation, self.known = activation, {}
+        self.activation, self.result, self.known = activation, result, {}
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        require_shape(self.name, self.weight, x, y)
         if len(x) not in self.known:
             rounded = self.activation(x.cpu()).double()
             self.known[len(x)] = rounded @ self.probe.T, rounded.abs() @ self.probe.abs().T
         exact, magnitude = (part[:, self.weight.rows] for part in self.known[len(x)])
-        worst = ((y.cpu().double() - exact).abs() / magnitude.clamp_min(1e-30)).max().item()
+        error = (y.cpu().double() - exact).abs() - self.result * exact.abs()
+        worst = (error / magnitude.clamp_min(1e-30)).max().item()
         if not worst <= self.relative:
             shape = f"m = {len(x)}, n = {self.weight.n}, k = {self.weight.k}"
             raise NoKernel(

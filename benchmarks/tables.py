@@ -24,7 +24,7 @@ def where(record: dict, rows: dict | None = None) -> str:
     """Machine and commit; rows that were measured at several commits name them all."""
     machine = record["machine"]
     commits = [row["commit"] for row in rows.values()] if rows else [record["commit"]]
-    named = ", ".join(dict.fromkeys(commit[:10] for commit in commits))
+    named = ", ".join(dict.fromkeys(commit[:10] + "-dirty" * commit.endswith("-dirty") for commit in commits))
     return f"{machine['cpu']} with {machine['cores']} cores, commit {named}"
 
 

@@ -56,6 +56,37 @@ def test_a_wrong_copy_is_refused(weight, recipe):
             compare([contender], torch.randn(m, weight.k))
 
 
+def wrong_after(call, times):
+    """A copy whose results are right `times` times."""
+    left = iter([True] * times)
+    return lambda x: call(x) if next(left, False) else torch.zeros_like(call(x))
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+@pytest.mark.parametrize("times", [0, 1])
+def test_every_copy_is_checked_before_and_one_after_the_timing(weight, copy, times):
+    contender = ours.fp4(weight, "minmax-w4a4")
+    contender.kernel = lambda m: "wrong"
+    wrong = range(2) if times else [copy]
+    contender.calls = [wrong_after(c, times) if i in wrong else c for i, c in enumerate(contender.calls)]
+    with pytest.raises(NoKernel, match="refusing to time minmax-w4a4"):
+        compare([contender], torch.randn(17, weight.k), rounds=2, budget=1e-4)
+
+
+@pytest.mark.parametrize("recipe, dtype", [("minmax-w4a4", "fp32"), ("mxfp4", "bf16"), ("mxfp4-a8-int", "fp32")])
+@pytest.mark.parametrize("wrong", ["first row", "other dtype", "too large"])
+def test_wrong_shapes_dtypes_and_sizes_are_refused(weight, recipe, dtype, wrong):
+    contender = ours.fp4(weight, recipe, dtype)
+    x = torch.randn(8, weight.k).to(contender.x_dtype)
+    y = contender.calls[0](x)
+    contender.check(x, y)
+    bad = {"first row": y[:1], "other dtype": y.double(), "too large": y * (1 + 2.0**-6)}[wrong]
+    if wrong == "other dtype" and recipe != "minmax-w4a4":
+        pytest.skip("results of fp32 sums are compared as numbers")
+    with pytest.raises(NoKernel, match="refusing to time"):
+        contender.check(x, bad)
+
+
 def test_a_forced_row_is_named_and_may_refuse(weight, monkeypatch):
     monkeypatch.setenv("LLMFP4_KERNEL", "reference")
     contender = ours.fp4(weight, "minmax-w4a4", forced="cpu.scalar")

@@ -153,8 +153,8 @@ def search_linear(
     is kept. channel_max [k] gives the largest magnitudes over all calibration tokens when x is a sample of them.
 
     grid        "additive": bias b0 + delta, delta in -1..2 per row and -1..4 per tensor, besides the points of "gamma":
-                never a larger objective than "gamma" with the same rule, and with "phase" than "gamma" with "paper",
-                above 4 bits also with "release"
+                never a larger objective than "gamma" with the same rule; with "phase", than "gamma" with "paper", above
+                4 bits also with "release"
                 "gamma": the paper's 100 factors on the bias b0 of the largest magnitude, from gamma_range[0] on and
                 below gamma_range[1]
     shift_rule  how channel biases become integer shifts (see preshift.channel_shift); "phase" searches it
