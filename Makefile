@@ -8,8 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h \
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.py csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h \
 	python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
 
 .PHONY: demo test lint format build clean bench accuracy ablations zero-shot gpu-check

@@ -107,17 +107,16 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
     with torch.inference_mode():
         for contender in contenders:
             kernel = contender.kernel(len(x))
-            ready = _checked(contender, inputs[contender.x_dtype, contender.device])
+            operand = inputs[contender.x_dtype, contender.device]
+            ready = _checked(contender, operand)
             rows.append({"name": contender.name, "kernel": kernel, "copies": len(ready), "times": []})
-            turns.append(itertools.cycle(ready))
+            turns.append((itertools.cycle(ready), operand))
         before = machine.cpu_seconds()
         for _ in range(rounds):
-            for contender, row, turn in zip(contenders, rows, turns):
-                operand = inputs[contender.x_dtype, contender.device]
+            for contender, row, (turn, operand) in zip(contenders, rows, turns):
                 row["times"].append(TIMERS[contender.device](turn, operand, budget))
         others = machine.others(before)
-        for contender, turn in zip(contenders, turns):
-            operand = inputs[contender.x_dtype, contender.device]
+        for contender, (turn, operand) in zip(contenders, turns):
             contender.check(operand, next(turn)(operand))
     for row in rows:
         row["others"] = others

@@ -1,11 +1,9 @@
 // The pybind11 module: argument passing and nothing else. Tensors come as addresses; Python keeps them alive.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <string>
 #include <vector>
 
 #include "core/half.h"
@@ -18,20 +16,6 @@ using namespace llmfp4;
 void bind_cuda(py::module_& m);  // only where CMake found a CUDA compiler
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-Element element_of(std::tuple<int, int, int> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
-
-ScaleKind scale_kind_of(const std::string& name) {
-    if (name == "none") return ScaleKind::none;
-    if (name == "e8m0") return ScaleKind::e8m0;
-    if (name == "e4m3") return ScaleKind::e4m3;
-    throw py::value_error("unknown group scale kind '" + name + "'");
-}
 
 const cpu::Kernels& kernel_named(const std::string& name) {
     const auto table = cpu::kernels();

@@ -1,20 +1,11 @@
 // The CUDA part of the pybind11 module: argument passing and nothing else.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bindings.h"
 #include "cuda/linear.h"
 
 namespace py = pybind11;
 using namespace llmfp4;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-Element element_of(std::tuple<int, int, int> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
 
 // One weight on a GPU and what its activations look like. Holds addresses, not tensors.
 class CudaLinear {
@@ -27,9 +18,7 @@ public:
              pointer<void>(codes),
              pointer<float>(row_scale),
              pointer<float>(bias),
-             scale == "e8m0"   ? ScaleKind::e8m0
-             : scale == "e4m3" ? ScaleKind::e4m3
-                               : ScaleKind::none,
+             scale_kind_of(scale),
              pointer<void>(group_scale),
              group_size} {
         cuda::require_aligned("codes", w_.codes, 16);

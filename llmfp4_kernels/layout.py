@@ -81,9 +81,9 @@ def convert_codes(codes: torch.Tensor, n: int, k: int, layout: str) -> torch.Ten
     if LAYOUT_OF_NDIM[codes.ndim] == layout:
         return codes
     rows = codes if codes.ndim == 2 else unshuffle_codes(codes, n, k)
-    return {"row": lambda: rows, "tiled": lambda: shuffle_codes(rows, k), "units": lambda: shuffle_units(rows, k)}[
-        layout
-    ]()
+    if layout == "row":
+        return rows
+    return shuffle_codes(rows, k) if layout == "tiled" else shuffle_units(rows, k)
 
 
 def to_layout(packed: PackedFP4, layout: str) -> PackedFP4:
