@@ -5,7 +5,10 @@ csrc/core/layout.h and csrc/core/units.h have the pictures and the index formula
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import mmap
 
 import torch
 
@@ -19,12 +22,28 @@ PREFERRED = {"cpu": "tiled", "cuda": "units"}
 """The layout that a device's kernels read."""
 CHUNK_STRIPS = 64
 """Strips of 16 outputs that are repacked at a time: 64 outputs x 64 k x 7 bytes of scratch, at k = 4096 7 MB."""
+HUGE_PAGE = 2 << 20
+
+
+def _in_huge_pages(shape: list[int]) -> torch.Tensor:
+    """Fresh uint8 memory for what is read from end to end: in huge pages, if it fills one and Linux grants them.
+
+    On a virtual Xeon one row times 4096 x 4096 codes takes 0.94 of the time with E2M1 activations, 0.89 with 16 bits.
+    """
+    size = math.prod(shape)
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start).view(shape)
 
 
 def shuffle_codes(codes: torch.Tensor, k: int) -> torch.Tensor:
     """Codes uint8 [n, ceil(k/2)] in row order → tiles [ceil(n/16), padded k / 8, 64], padded with code 0."""
     n, codes = codes.shape[0], codes.contiguous()  # a name keeps the copy alive while its address is in use
-    tiles = torch.empty(codes_shape(n, k, "tiled"), dtype=torch.uint8)
+    tiles = _in_huge_pages(codes_shape(n, k, "tiled"))
     native.module().shuffle(codes.data_ptr(), tiles.data_ptr(), n, k)
     return tiles
 

@@ -240,14 +240,16 @@ class FP4Linear(FP4Module, nn.Linear):
         return self.multiplier().choose(m, dtype)[0].name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() or needs_dispatcher(x, self.codes):
+        compiling, bias = torch.compiler.is_compiling(), self._parameters.get("bias")
+        if (compiling or torch._C._is_any_autocast_enabled()) and not x.is_meta:
+            kind = x.device.type
+            x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if compiling or needs_dispatcher(x, self._parameters["codes"]):
             *tensors, spec = self.op_arguments()
             y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec)
         else:
             y = self.multiplier()(x)
-        return y if self._fused_bias() is self.bias else y + self.bias.to(y.dtype)
+        return y if bias is None or not bias.requires_grad else y + bias.to(y.dtype)
 
     def reset_parameters(self):
         """Nothing to initialise: a fresh layer is all zeros until a checkpoint or a PackedFP4 fills it."""
