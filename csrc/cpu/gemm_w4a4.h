@@ -224,7 +224,7 @@ inline void for_panels(int threads, int m, int tiles, int width, F&& task) {
     const long blocks_m = (m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + width - 1) / width;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
         for (long i = begin; i < end; ++i) {
-            const int m0 = int(i % blocks_m) * rows_per_task, tile = int(i / blocks_m) * width;
+            const int m0 = int(i / blocks_n) * rows_per_task, tile = int(i % blocks_n) * width;
             task(m0, m - m0 < rows_per_task ? m - m0 : rows_per_task, tile,
                  tiles - tile < width ? tiles - tile : width);
         }
