@@ -160,6 +160,7 @@ inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, 
         const uint8_t* codes = w.codes + ((tile + t) * w.at.tiles_k() + kt0) * tile_bytes;
         uint8_t* out = panel + t * tile_stride;
         for (int g = 0; g < k4; g += 2, codes += tile_bytes, out += 2 * tile_bytes) {
+            prefetch_codes(codes);
             const Tile codes_16x8 = load_tile(codes);
             store_bytes(out, decode_low(codes_16x8, table.bytes));
             store_bytes(out + tile_bytes, decode_high(codes_16x8, table.bytes));
