@@ -42,6 +42,9 @@ struct GemmKernel {
     };
 
 GEMM(int8, Int8)
+GEMM(int8_shifted, ShiftedInt8)
+GEMM(int8_packed, PackedInt8)
+GEMM_GROUPED(int8_grouped, GroupedInt8)
 GEMM(f16, Halves<F16>)
 GEMM(bf16, Halves<Bf16>)
 GEMM_GROUPED(f16_grouped, Halves<F16>)
@@ -65,13 +68,16 @@ void plan_gemm_sm80(const Weight& w, int multiprocessors, Plan& plan) {
 
 void gemm_sm80(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
     make_operands(w, a, plan, call);
-    with_operand(w, a, call, [&](auto type, auto table, auto grouped) {
+    auto launch = [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         const auto& kernel = GemmKernels<Operand, grouped>::at[plan.kernel];
-        const Gemm<Operand> p{product_of<Operand>(w, plan, call, table), output_of(w, plan, call)};
+        const Gemm<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call)};
         start(kernel.name, kernel.function, plan.grid[0], plan.grid[1], plan.grid[2], gemm_threads, kernel.shared,
               !plan.direct, call.queue, p);
-    });
+    };
+    if (plan.inputs != Inputs::packed) return with_operand(w, a, plan, call, launch);
+    const PackedInt8::Table table{{w.element, a.top_shift()}, Int8::Table(a.element)};
+    launch(Type<PackedInt8>{}, table, std::false_type{});
 }
 
 }  // namespace llmfp4::cuda

@@ -23,6 +23,8 @@ struct GemvKernels;
     };
 
 GEMV(int8, Int8, false)
+GEMV(int8_shifted, ShiftedInt8, false)
+GEMV(int8_grouped, GroupedInt8, true)
 GEMV(f16, Halves<F16>, false)
 GEMV(bf16, Halves<Bf16>, false)
 GEMV(f16_grouped, Halves<F16>, true)
@@ -51,10 +53,10 @@ void plan_gemv(const Weight& w, int multiprocessors, Plan& plan) {
 
 void gemv(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
     make_operands(w, a, plan, call);
-    with_operand(w, a, call, [&](auto type, auto table, auto grouped) {
+    with_operand(w, a, plan, call, [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         using Kernels = GemvKernels<Operand, grouped>;
-        const Gemv<Operand> p{product_of<Operand>(w, plan, call, table), output_of(w, plan, call), plan.warps_n};
+        const Gemv<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), plan.warps_n};
         const int shared = gemv_warps * 8 * (plan.kernel + 1) * unit_n * 4;
         start(Kernels::names[plan.kernel], Kernels::functions[plan.kernel], plan.grid[0], plan.grid[1], 1, gemv_threads,
               shared, !plan.direct, call.queue, p);

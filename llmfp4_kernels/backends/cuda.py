@@ -186,7 +186,8 @@ def _unusable(problem: Problem) -> str | None:
     return None
 
 
-def _refusal(name: str, problem: Problem) -> str | None:
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the family `name`, "gemv" or "sm80", does not take a problem."""
     unusable = _unusable(problem)
     if unusable:
         return unusable
@@ -194,7 +195,7 @@ def _refusal(name: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
-    why = _refusal_of_integers(problem) if problem.activation else _refusal_of_floats(problem)
+    why = _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
     if why:
         return why
     rows = problem.m * planes(problem)
@@ -205,22 +206,24 @@ def _refusal(name: str, problem: Problem) -> str | None:
 
 def _refusal_of_integers(problem: Problem) -> str | None:
     dynamic = problem.dynamic
-    if not problem.integer:
+    if not (problem.integer or problem.grouped):
         return f"{problem.scheme} with {problem.activation.name} activations and these scales is no sum of integers"
     if dynamic and dynamic.group_size not in (0, *GROUPS):
         return f"activation groups of {dynamic.group_size} inputs are none of {GROUPS}"
+    if problem.grouped:  # sums of at most 64 inputs
+        return _refusal_of_groups(problem)
     limit = largest_k(problem.element, problem.activation, problem.shift, dynamic)
     if problem.k > limit:
         return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
     return None
 
 
-def _refusal_of_floats(problem: Problem) -> str | None:
+def _refusal_of_groups(problem: Problem) -> str | None:
     if problem.scale and problem.group_size not in GROUPS:
         return f"groups of {problem.group_size} inputs are none of {GROUPS}"
     return None
 
 
 KERNELS = tuple(
-    Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), Prepared) for name in ("gemv", "sm80")
+    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared) for name in ("gemv", "sm80")
 )
