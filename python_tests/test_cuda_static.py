@@ -1,5 +1,6 @@
 """What ptxas made of the CUDA kernels, read from the built module: no spills, registers and shared memory, opcodes."""
 
+import dataclasses
 import itertools
 import re
 import shutil
@@ -13,8 +14,8 @@ from cases import random_packed, random_x
 from cuda_on_cpu import OnCpu
 
 from llmfp4_kernels import native
-from llmfp4_kernels.backends import cuda
-from llmfp4_kernels.formats import E2M1, E4M3
+from llmfp4_kernels.backends import cuda, cuda_options
+from llmfp4_kernels.formats import E2M1, E4M3, Dynamic, element
 
 
 def cuobjdump() -> str | None:
@@ -36,15 +37,24 @@ BUDGETS = {
     "gemm_sm80_int8_64x32": (96, 128, 16384),  # 5 of 128
     "gemm_sm80_int8_128x64": (168, 128, 32768),  # 3 of 128
     "gemm_sm80_int8_128x128": (255, 128, 49152),  # 2 of 128
+    "gemm_sm80_int8_shifted_64x32": (96, 128, 16640),
+    "gemm_sm80_int8_shifted_128x64": (168, 128, 33024),
+    "gemm_sm80_int8_shifted_128x128": (255, 128, 49408),
+    "gemm_sm80_int8_packed_64x32": (96, 128, 12544),
+    "gemm_sm80_int8_packed_128x64": (168, 128, 24832),
+    "gemm_sm80_int8_packed_128x128": (255, 128, 33024),
+    "gemm_sm80_int8_grouped_64x32": (96, 128, 17408),
+    "gemm_sm80_int8_grouped_128x64": (168, 128, 34816),
     r"gemm_sm80_b?f16_64x32": (96, 128, 24576),
     r"gemm_sm80_b?f16_grouped_64x32": (96, 128, 25600),
     r"gemm_sm80_b?f16_128x64": (168, 128, 49152),
     r"gemm_sm80_b?f16_grouped_128x64": (168, 128, 51200),
     r"gemm_sm80_b?f16_128x128": (255, 128, 81920),
 }
-KERNELS = 25
+KERNELS = 37
 OPCODES = {
     r"gem\w+_int8_\w+": r"IMMA\.16832\.S8\.S8",
+    r"gem\w+_int8_grouped_\w+": r"IMMA\.16816\.S8\.S8",
     r"gem\w+_f16_\w+": r"HMMA\.16816\.F32 ",
     r"gem\w+_bf16_\w+": r"HMMA\.16816\.F32\.BF16 ",
     r"gemm_\w+": r"LDGSTS\.E\.BYPASS\.\S*128",
@@ -94,6 +104,12 @@ def dynamic_shared_memory() -> dict[str, set[int]]:
                 for name in ("cuda.gemv", "cuda.sm80") if m <= 16 else ("cuda.sm80",):
                     gpu.run(packed, name, m, dtype)
         gpu.run(floats, "cuda.gemv", 1, torch.float32)
+        int8 = dataclasses.replace(grouped, activation=element("e1m6"), dynamic=Dynamic())
+        for m, row in itertools.product((1, 16, 17, 64, 128), cuda_options.KERNELS):
+            if m <= 16 or "gemv" not in row.name:
+                gpu.run(integer, row.name, m)
+            gpu.run(int8, "cuda.gemv" if m <= 16 else "cuda.sm80", m)
+        gpu.run(int8, "cuda.sm80", 1)
     return gpu.dynamic
 
 

@@ -6,10 +6,13 @@ using namespace llmfp4::cuda;
 template <class Operand, bool grouped>
 struct GemmKernels;
 
-#define GEMM_KERNEL(name, Operand, grouped, strips, rows8)          \
-    extern "C" __global__ void __launch_bounds__(gemm_threads)      \
-        gemm_sm80_##name(const __grid_constant__ Gemm<Operand> p) { \
-        gemm_block<Operand, grouped, strips, rows8>(p);             \
+// So many blocks of a tile's registers fit a multiprocessor. Left to itself ptxas spills to fit one more.
+constexpr int gemm_blocks(int rows8) { return rows8 == 4 ? 5 : rows8 == 8 ? 3 : 2; }
+
+#define GEMM_KERNEL(name, Operand, grouped, strips, rows8)                         \
+    extern "C" __global__ void __launch_bounds__(gemm_threads, gemm_blocks(rows8)) \
+        gemm_sm80_##name(const __grid_constant__ Gemm<Operand> p) {                \
+        gemm_block<Operand, grouped, strips, rows8>(p);                            \
     }
 #define GEMM_ROW(name, Operand, grouped, strips, rows8) \
     {"gemm_sm80_" #name, gemm_sm80_##name, GemmTile<Operand, grouped, strips, rows8>::shared_bytes}

@@ -52,6 +52,10 @@ class Machine:
         properties, stream = _properties(device.index), torch.cuda.current_stream(device).cuda_stream
         return Queue(device.index, properties.multi_processor_count, properties.major >= 9, stream)
 
+    def capturing(self) -> bool:
+        """Whether the current stream's work goes into a graph."""
+        return torch.cuda.is_current_stream_capturing()
+
     def on(self, device: torch.device):
         """Makes `device` the current one for torch and for the launcher; a context manager."""
         return torch.cuda.device(device)
@@ -62,14 +66,20 @@ _properties = functools.cache(torch.cuda.get_device_properties)
 _counters: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
-def _arrived(queue: Queue, count: int, device: torch.device) -> int:
-    """Address of `count` counters of this stream, zeros between kernels. Never freed: a captured graph may hold it."""
+def _arrived(queue: Queue, count: int, device: torch.device) -> torch.Tensor | None:
+    """`count` counters of this stream, zeros between kernels. Never freed: a captured graph may hold them.
+
+    What is made while a graph is captured belongs to that graph, whose replays alone make it zeros: it is not kept.
+    """
     if count == 0:
-        return 0
+        return None
     known = _counters.setdefault((queue.device, queue.stream), [])
-    if not known or known[-1].numel() < count:
-        known.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
-    return known[-1].data_ptr()
+    if known and known[-1].numel() >= count:
+        return known[-1]
+    made = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    if not machine.capturing():
+        known.append(made)
+    return made
 
 
 def _fields(element: Element) -> tuple[int, int, int]:
@@ -157,8 +167,8 @@ class Prepared:
         arrived = _arrived(queue, plan.counters, x.device)
         with machine.on(self.device):
             self._linear.run(
-                name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(), arrived,
-                queue.device, queue.overlap, queue.stream,
+                name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(),
+                0 if arrived is None else arrived.data_ptr(), queue.device, queue.overlap, queue.stream,
             )  # fmt: skip
         return y
 
