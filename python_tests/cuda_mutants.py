@@ -18,10 +18,15 @@ INSTANCES = {  # name of the launch → the registry row that launches it, its p
         "Gemm<ShiftedInt8>",
         "gemm_block<ShiftedInt8, false, 1, 4>(p)",
     ),
+    "gemm_sm80_bf16_shifted_64x32": (
+        "cuda.sm80-weight-shift",
+        "Gemm<ShiftedBf16>",
+        "gemm_block<ShiftedBf16, false, 1, 4>(p)",
+    ),
     "gemm_sm80_int8_packed_64x32": ("cuda.sm80-packed", "Gemm<PackedInt8>", "gemm_block<PackedInt8, false, 1, 4>(p)"),
     "gemm_sm80_int8_grouped_64x32": ("cuda.sm80", "Gemm<GroupedInt8>", "gemm_block<GroupedInt8, true, 1, 4>(p)"),
 }
-QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, PACKED, INT8_GROUPED = INSTANCES
+QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, BF16_SHIFTED, PACKED, INT8_GROUPED = INSTANCES
 WRONG = "wrong values"
 MUTANTS = [
     (GEMM, "gemm_sm80.h", "waits for one group too few", "<gemm_stages - 2>", "<gemm_stages - 1>", "MissingWait"),
@@ -98,6 +103,9 @@ MUTANTS = [
     (SHIFTED, "gemm_sm80.h", "shifts of another lane", "(stage + T::shift_at)[t]", "(stage + T::shift_at)[g % 4]", WRONG),
     (SHIFTED, "gemm_sm80.h", "shifts and x in one place", "return shift_at + shift_bytes + row", "return shift_at + row", f"{WRONG} Race MissingWait"),
     (SHIFTED, "gemm_sm80.h", "the end of k is not tested", "unit < end && p.shift;", "p.shift != nullptr;", "OutOfBounds"),
+    (BF16_SHIFTED, "decode_shift.h", "powers of a pair swapped", "i < 2 ? 0x4140 : 0x4342", "i < 2 ? 0x4041 : 0x4342", WRONG),
+    (BF16_SHIFTED, "decode_shift.h", "powers of the pair before", "i < 2 ? 0x4140 : 0x4342", "0x4140", WRONG),
+    (BF16_SHIFTED, "decode_shift.h", "powers that rise with shifts", "0x3f803f80u - (", "0x3f803f80u + (", WRONG),
     (PACKED, "decode_shift.h", "words of a row swapped", "Int8::decode(words.x, t.inputs, x.x, x.y)", "Int8::decode(words.x, t.inputs, x.y, x.x)", WRONG),
     (PACKED, "gemm_sm80.h", "codes of another lane", "piece_at(8 * i + g, 0))[t]", "piece_at(8 * i + g, 0))[t ^ 1]", WRONG),
     (PACKED, "gemm_sm80.h", "rows past the tile", "if (r >= T::rows) break;", "", f"{WRONG} OutOfBounds Race MissingWait"),

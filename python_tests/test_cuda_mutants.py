@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import random_packed, random_x, same_bits
-from cuda_mutants import GEMM, GEMV, GROUPED, INSTANCES, INT8_GROUPED, MUTANTS, QUANTIZE, ptx_of
+from cuda_mutants import BF16_SHIFTED, GEMM, GEMV, GROUPED, INSTANCES, INT8_GROUPED, MUTANTS, QUANTIZE, ptx_of
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import FAULTS, Program, missing
+from test_cuda_float import exact_and_bound
 from test_dynamic import dynamic_packed, wild_x
 from test_grouped import INT8, grouped, rounding
 
@@ -30,6 +31,9 @@ def problems(kernel):
     """(packed, x, bias) that reach every line of a kernel: ragged in m, n and k, k split over blocks, two planes."""
     if kernel == GROUPED:
         yield random_packed(100, 1096, E2M1, scale=E4M3, group_size=16), random_x(20, 1096, torch.float16) / 64, None
+        return
+    if kernel == BF16_SHIFTED:
+        yield random_packed(100, 1096, E2M1, shift=True), random_x(20, 1096, torch.bfloat16), None
         return
     if kernel == INT8_GROUPED:
         for group in ((E4M3, 16), (E8M0, 32)):
@@ -62,6 +66,9 @@ def right(kernel, packed, x, bias, y) -> bool:
     if packed.scale and packed.activation:
         terms = -(-packed.k // packed.group_size) + 16
         return bool(((y.double() - expected.double()).abs() <= rounding(x, packed, bias, terms)).all())
+    if kernel == BF16_SHIFTED:
+        exact, bound = exact_and_bound(packed, x, bias)
+        return bool(((y.double() - exact).abs() <= bound).all())
     if kernel == GROUPED:
         return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * expected.abs().max().item())
     return same_bits(y, expected)

@@ -7,6 +7,7 @@ import torch
 from cases import ODD_SHAPES, random_packed, random_x, same_bits
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import missing
+from test_cuda_float import exact_and_bound
 from test_dynamic import dynamic_packed, wild_x
 
 from llmfp4_kernels import native, reference, registry
@@ -52,6 +53,24 @@ def test_shift_on_weights_is_the_shift_on_activations(weight, activation, progra
             packed = random_packed(n, k, weight, activation, True, seed=i)
             ran = check(gpu, packed, random_x(m, k, DTYPES[i % 3]), torch.randn(n) if i % 2 else None)
             assert ran == [kernel.name for kernel in cuda_options.KERNELS if m <= 16 or kernel != GEMV]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shift_on_bf16_weights_is_the_shift_on_floats(dtype, programs):
+    """Within the bound of fp32 sums, and where k is not split the bits of the row that multiplies x by 2^-shift."""
+    for i, (m, n, k) in enumerate([*ODD_SHAPES, (3, 40, 2104), (16, 40, 2104), (130, 24, 72)]):
+        packed = random_packed(n, k, [E2M1, E1M2, E3M0][i % 3], shift=True, seed=i)
+        packed.shift = (packed.shift * 5 + torch.arange(k) % 2).clamp(max=15).to(torch.uint8)
+        bias, x = torch.randn(n) if i % 2 else None, random_x(m, k, dtype)
+        exact, bound = exact_and_bound(packed, x, bias)
+        with OnCpu(programs, multiprocessors=64, seed=1) as gpu:
+            for kernel in (GEMV, SM80):
+                if refusal(kernel, packed, m, dtype) is None:
+                    y = gpu.run(cuda.Prepared(packed, bias), kernel.name, x)
+                    assert ((y.double() - exact).abs() <= bound).all(), (kernel.name, m, n, k)
+        with OnCpu(programs, multiprocessors=1) as gpu:
+            y, other = (gpu.run(cuda.Prepared(packed, bias), name, x) for name in (SM80.name, "cuda.sm80"))
+            assert same_bits(y, other), (m, n, k)
 
 
 def test_every_weight_meets_every_shift(programs):
@@ -114,10 +133,14 @@ def test_refusals_are_sentences(monkeypatch):
     assert "these have none" in refuse(SM80, shift=False) and refuse(PACKED, shift=False) is None
     assert "up to 7, weights take up to 3" in refuse(PACKED, activation=E3M0)
     assert "up to 512, beyond int8" in refuse(SM80, element=E3M0)
-    assert "has 8 bits" in refuse(PACKED, activation=element("e1m6"), shift=False, dynamic=Dynamic())
-    groups = dict(shift=False, dynamic=Dynamic(16, INTEGER))
-    for other in (dict(activation=None), dict(scale=E4M3, group_size=16), groups):
-        assert "one scale per token" in refuse(PACKED, **other)
+    assert "these are e1m6" in refuse(PACKED, activation=element("e1m6"), shift=False, dynamic=Dynamic())
+    assert "these are torch.bfloat16" in refuse(PACKED, activation=None, dtype=torch.bfloat16)
+    assert "scales of 16 inputs" in refuse(PACKED, shift=False, dynamic=Dynamic(16, INTEGER))
+    assert "weights have e4m3 scales of 16" in refuse(SM80, scale=E4M3, group_size=16)
+    floats = dict(activation=None, dtype=torch.bfloat16)
+    assert refuse(SM80, **floats) is None
+    assert "torch.float16" in refuse(SM80, **floats | dict(dtype=torch.float16))
+    assert "another factor" in refuse(SM80, **floats, x_factor=True)
     assert "tensors are on cpu" in refuse(SM80, device="cpu")
 
 

@@ -32,8 +32,9 @@ BUDGETS = {
     "quantize_activations": (128, 128, 0),  # 1 of 512 threads
     "split_activations": (64, 0, 0),  # 4 of 256
     r"gemv_\w+_8": (128, 16, 4096),  # 2 of 256
-    r"gemv_\w+_16(?<!grouped_16)": (128, 16, 8192),
+    r"gemv_(int8|b?f16|int8_shifted)_16": (128, 16, 8192),
     r"gemv_\w+_grouped_16": (168, 16, 8192),  # 1 of 256
+    "gemv_bf16_shifted_16": (184, 16, 8192),
     "gemm_sm80_int8_64x32": (96, 128, 16384),  # 5 of 128
     "gemm_sm80_int8_128x64": (168, 128, 32768),  # 3 of 128
     "gemm_sm80_int8_128x128": (255, 128, 49152),  # 2 of 128
@@ -46,12 +47,14 @@ BUDGETS = {
     "gemm_sm80_int8_grouped_64x32": (96, 128, 17408),
     "gemm_sm80_int8_grouped_128x64": (168, 128, 34816),
     r"gemm_sm80_b?f16_64x32": (96, 128, 24576),
+    "gemm_sm80_bf16_shifted_64x32": (96, 128, 24832),
+    "gemm_sm80_bf16_shifted_128x64": (168, 128, 49408),
     r"gemm_sm80_b?f16_grouped_64x32": (96, 128, 25600),
     r"gemm_sm80_b?f16_128x64": (168, 128, 49152),
     r"gemm_sm80_b?f16_grouped_128x64": (168, 128, 51200),
     r"gemm_sm80_b?f16_128x128": (255, 128, 81920),
 }
-KERNELS = 37
+KERNELS = 41
 OPCODES = {
     r"gem\w+_int8_\w+": r"IMMA\.16832\.S8\.S8",
     r"gem\w+_int8_grouped_\w+": r"IMMA\.16816\.S8\.S8",
@@ -110,6 +113,8 @@ def dynamic_shared_memory() -> dict[str, set[int]]:
                 gpu.run(integer, row.name, m)
             gpu.run(int8, "cuda.gemv" if m <= 16 else "cuda.sm80", m)
         gpu.run(int8, "cuda.sm80", 1)
+        for m, row in ((1, "gemv"), (16, "gemv"), (17, "sm80"), (64, "sm80"), (128, "sm80")):
+            gpu.run(random_packed(64, 128, E2M1, shift=True), f"cuda.{row}-weight-shift", m)
     return gpu.dynamic
 
 

@@ -36,9 +36,14 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
 static void make_parts(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
     constexpr int threads = 256;
     const int padded_k = int(UnitLayout{w.n, w.k}.padded_k()), blocks = (padded_k + threads - 1) / threads;
-    const Split q{
-        call.x,    call.dtype, call.m, w.k, padded_k, plan.planes, reinterpret_cast<uint16_t*>(call.workspace),
-        a.x_factor};
+    const Split q{call.x,
+                  call.dtype,
+                  call.m,
+                  w.k,
+                  padded_k,
+                  plan.planes,
+                  reinterpret_cast<uint16_t*>(call.workspace),
+                  plan.inputs == Inputs::shifted ? a.x_factor : nullptr};
     start("split_activations", split_activations, call.m, blocks, 1, threads, 0, false, call.queue, q);
 }
 

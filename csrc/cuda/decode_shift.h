@@ -1,5 +1,9 @@
-// Weights that take the shift of their input as they are decoded: element · 2^(max_shift - shift), int8 still, for
-// activations that come without it, as int8 or as packed codes. The same integers meet, so sums keep their bits.
+// Weights that take the shift of their input as they are decoded, for activations that come without it.
+//
+//     int8    element · 2^(max_shift - shift), int8 still; activations as int8 or as packed codes
+//     bf16    element · 2^-shift, exact; activations as they are
+//
+// The same products are added, so sums keep their bits.
 #pragma once
 #include "decode.h"
 
@@ -41,6 +45,22 @@ struct ShiftedInt8 : Int8 {
         decode(codes.y, t, shifts.y, a[0][2], a[0][3]);
         decode(codes.z, t, shifts.z, a[1][0], a[1][1]);
         decode(codes.w, t, shifts.w, a[1][2], a[1][3]);
+    }
+};
+
+struct ShiftedBf16 : Halves<Bf16> {
+    static constexpr bool shifted = true;
+
+    // 2^-s of two of the word's four inputs, which the permute's selector puts into one half each.
+    __device__ static uint32_t powers(uint32_t shifts, uint32_t selector) {
+        return 0x3f803f80u - (permute(shifts, 0, selector) << 7);
+    }
+    __device__ ShiftedBf16(const uint4& codes, const Table& t, const uint4& shifts) : Halves(codes, t) {
+        const uint32_t words[4] = {shifts.x, shifts.y, shifts.z, shifts.w};
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[q][i] = Bf16::scale(a[q][i], powers(words[q], i < 2 ? 0x4140 : 0x4342));
     }
 };
 

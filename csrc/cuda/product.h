@@ -44,8 +44,9 @@ void with_operand(const Weight& w, const Activations& a, const Plan& plan, const
     const Int8::Table integers(w.element);
     if (a.integer() && w.scale_kind != ScaleKind::none)
         return launch(Type<GroupedInt8>{}, GroupedInt8::Table{integers, group_shift_of(w)}, std::true_type{});
-    if (plan.inputs == Inputs::plain)
+    if (a.integer() && plan.inputs == Inputs::plain)
         return launch(Type<ShiftedInt8>{}, ShiftedInt8::Table(w.element, a.top_shift()), std::false_type{});
+    if (plan.inputs == Inputs::plain) return launch(Type<ShiftedBf16>{}, HalfTable(w.element, true), std::false_type{});
     if (a.integer()) return launch(Type<Int8>{}, integers, std::false_type{});
     const bool bf16 = a.half_is_bf16(call.dtype);
     const HalfTable table(w.element, bf16);

@@ -127,7 +127,8 @@ class Prepared:
         elif packed.x_factor is not None or packed.shift is not None:
             ones = torch.ones(self.k, device=self.device) if packed.x_factor is None else packed.x_factor
             factor = ones if packed.shift is None else torch.ldexp(ones, -packed.shift.int())
-            self._linear.scale_activations(self._padded("x_factor", factor, 0))
+            shift_alone = {} if packed.x_factor is not None else {"shift": self._padded("shift", packed.shift, 0)}
+            self._linear.scale_activations(self._padded("x_factor", factor, 0), **shift_alone)
         self._check_devices()
 
     def _padded(self, name: str, per_input: torch.Tensor, filler: int) -> int:
