@@ -4,7 +4,7 @@
 # make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 #                                         (ARGS="--recipes llm-fp4" and the like are passed on)
-# make gpu-check   on a machine with a GPU: build for it, test it (benchmarks/gpu_check.py)
+# make gpu-check   on a machine with a GPU: build for it, test it, time products on it (benchmarks/gpu_check.py)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

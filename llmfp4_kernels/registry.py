@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from .backends import cpu, cuda, reference, rounded
+from .backends import cpu, cuda, cuda_options, reference, rounded
 from .errors import NoKernel
 from .problem import Kernel, Problem
 
@@ -14,7 +14,7 @@ FORCE = "LLMFP4_KERNEL"
 
 def table() -> tuple[Kernel, ...]:
     """Every kernel, in the order in which they are asked."""
-    return cpu.KERNELS + rounded.KERNELS + cuda.KERNELS + reference.KERNELS
+    return cpu.KERNELS + rounded.KERNELS + cuda.KERNELS + cuda_options.KERNELS + reference.KERNELS
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:

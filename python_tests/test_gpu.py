@@ -6,7 +6,7 @@ from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random
 from test_dynamic import INTEGER_ACTIVATIONS, dynamic_packed, wild_x
 
 from llmfp4_kernels import FP4Linear, native, reference
-from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.backends import cuda, cuda_options
 from llmfp4_kernels.errors import BadInput
 from llmfp4_kernels.formats import E1M2, E2M1, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic
 from llmfp4_kernels.problem import Problem
@@ -27,7 +27,7 @@ def runs(packed, x, bias=None):
     """(row's name, y on the CPU) of each row that takes the problem; twice, with the same bits."""
     on_gpu = packed.to("cuda")
     prepared = cuda.Prepared(on_gpu, None if bias is None else bias.cuda())
-    for kernel in cuda.KERNELS:
+    for kernel in cuda.KERNELS + cuda_options.KERNELS:
         if kernel.refusal(Problem.of(on_gpu, len(x), x.dtype)) is None:
             y = prepared.run(kernel, x.cuda()).cpu()
             assert same_bits(prepared.run(kernel, x.cuda()).cpu(), y), f"{kernel.name}: other bits the second time"
@@ -67,6 +67,20 @@ def test_floats(group, dtype):
         bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
         for name, y in runs(packed, x, bias):
             assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+
+
+@pytest.mark.parametrize("group", [(E8M0, 32), (E4M3, 16), (E4M3, 128)], ids=lambda g: f"{g[0].name}-{g[1]}")
+def test_groups_of_integers(group):
+    """Only the sum over groups rounds; groups of more than 64 are added in parts of 64, and blocks to each other."""
+    from test_grouped import INT8, grouped, rounding
+
+    for i, (m, n, k) in enumerate(SHAPES):
+        packed, bias, x = grouped(n, k, E2M1, group, (INT8, Dynamic())), random_x(1, n, seed=5)[0], wild_x(m, k)
+        x, half_ulp = x.to(DTYPES[i % 2]), [0.0, 2.0**-8][i % 2]
+        exact = reference.gemm(x, packed, bias).double()
+        bound = rounding(x, packed, bias, -(-k // min(group[1], 64)) + 64) + half_ulp * exact.abs()
+        names = [name for name, y in runs(packed, x, bias) if ((y.double() - exact).abs() <= bound).all()]
+        assert names == (["cuda.gemv", "cuda.sm80"] if m <= 16 else ["cuda.sm80"]), (m, n, k)
 
 
 def test_graphs_replay_and_streams_do_not_meet():
