@@ -2,6 +2,9 @@
 
     with OnCpu() as gpu:
         y = gpu.run(prepared, "triton.gemv", x)
+        gpu.later(prepared, "triton.gemm", x, judge)  # judge(y) when the block is left
+
+Launches wait until somebody wants their results, while g++ compiles their kernels.
 
 Two things are put in the place of the GPU's: `machine.here`, and Triton's driver, which names the architecture that is
 compiled for and is handed grid, kernel and arguments of each launch.
@@ -11,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,9 +57,16 @@ class CpuMachine:
         return contextlib.nullcontext()
 
 
-@functools.cache
-def program(ptx: str) -> Program:
-    return Program(ptx)
+compiler = ThreadPoolExecutor(2)
+"""g++ runs in its threads, while Triton compiles the next kernel in ours."""
+_programs: dict[str, Future] = {}
+
+
+def program(ptx: str) -> Future:
+    """The Program of a kernel, compiled once."""
+    if ptx not in _programs:
+        _programs[ptx] = compiler.submit(Program, ptx)
+    return _programs[ptx]
 
 
 class Launcher:
@@ -81,7 +92,7 @@ class CpuDriver:
         self.ptx = ""
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": SHARED_LIMIT[device]},
-            load_binary=lambda name, kernel, shared, device: (1, self.ptx, 0, 0, 1024),
+            load_binary=lambda name, kernel, shared, device: (1, (self.ptx, kernel), 0, 0, 1024),
         )
 
     def loads(self, module, function, name, files, hash):
@@ -100,15 +111,31 @@ class CpuDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
+@dataclass
+class Launch:
+    name: str
+    grid: tuple[int, int, int]
+    metadata: object
+    ptx: str
+    cubin: bytes
+    arguments: list
+    outs: list[str]
+
+
 class OnCpu:
     """While it is entered, Triton launches run on the PTX machine, in tiles of `config` (None: those of configs.py);
-    seed as Program.run's."""
+    seed as Program.run's. `static`: launches are kept, and none runs."""
 
     current: OnCpu | None = None
 
-    def __init__(self, capability=(8, 0), multiprocessors=2, seed=0, config=SMALL, ptx=True, limit_s=60.0):
+    def __init__(
+        self, capability=(8, 0), multiprocessors=2, seed=0, config=SMALL, ptx=True, static=False, limit_s=60.0
+    ):
         self.machine, self.seed, self.limit_s = CpuMachine(capability, multiprocessors, ptx), seed, limit_s
-        self.driver, self.config, self.launched = CpuDriver(capability), config, []
+        self.driver, self.config, self.static = CpuDriver(capability), config, static
+        self.launched: list[Launch] = []
+        self.waiting: list[Launch] = []
+        self.judges = []
 
     def __enter__(self):
         from triton import knobs
@@ -123,35 +150,59 @@ class OnCpu:
         OnCpu.current = self
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         from triton import knobs
         from triton.runtime import driver
 
         machine.here, driver._active, configs.choose = self.before
         knobs.runtime.kernel_load_start_hook.remove(self.driver.loads)
         OnCpu.current = None
+        if kind is None:
+            self.flush()
 
-    def run(self, prepared, kernel: str, x: torch.Tensor) -> torch.Tensor:
-        """prepared.run, of whose launches every byte of every output must have been written."""
-        self.launched = []
-        return prepared.run(Kernel(kernel, "pairs", lambda p: None, type(prepared)), x)
-
-    def launch(self, ptx, grid, metadata, types, arguments) -> None:
-        name = metadata.name
-        self.launched.append((name, grid, ptx))
+    def launch(self, function, grid, metadata, types, arguments) -> None:
+        ptx, cubin = function
         values, outs = [], []
         for argument, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 # Where sums are split, y is another kernel's to write.
-                read = argument in READ_ONLY[name] or (argument == "y" and name == "product" and "partial" in arguments)
+                foreign = argument == "y" and metadata.name == "product" and "partial" in arguments
+                read = argument in READ_ONLY[metadata.name] or foreign
                 outs += [] if read else [argument]
                 values.append(In(value) if read else Out(value))
             else:
                 values.append(C_TYPES[types[argument]](value))
-        compiled = program(ptx)
-        scratch = compiled.record(name).params - len(values)  # Triton adds pointers to scratch memory, null here
-        values += [ctypes.c_uint64(0)] * scratch
-        threads = 32 * metadata.num_warps
-        report = compiled.run(name, grid, threads, values, metadata.shared, self.seed, self.limit_s)
-        left = {argument: bytes for argument, bytes in zip(outs, report.unwritten) if bytes}
-        assert not left, f"{name} has left bytes unwritten: {left}"
+        self.launched.append(Launch(metadata.name, grid, metadata, ptx, cubin, values, outs))
+        if not self.static:
+            program(ptx)
+            self.waiting.append(self.launched[-1])
+
+    def flush(self) -> None:
+        """Runs what waits, in order; every byte of every output must be written."""
+        waiting, self.waiting, judges, self.judges = self.waiting, [], self.judges, []
+        for one in waiting:
+            compiled = program(one.ptx).result()
+            # Triton adds pointers to scratch memory, null here.
+            scratch = [ctypes.c_uint64(0)] * (compiled.record(one.name).params - len(one.arguments))
+            report = compiled.run(
+                one.name, one.grid, 32 * one.metadata.num_warps, one.arguments + scratch, one.metadata.shared,
+                self.seed, self.limit_s,
+            )  # fmt: skip
+            left = {argument: bytes for argument, bytes in zip(one.outs, report.unwritten) if bytes}
+            assert not left, f"{one.name} has left bytes unwritten: {left}"
+        for judge in judges:
+            judge()
+
+    def later(self, prepared, kernel: str, x: torch.Tensor, judge) -> list[Launch]:
+        """prepared.run; judge(y) at the next flush, at the latest when this is left. The launches it takes."""
+        self.launched = []
+        y = prepared.run(Kernel(kernel, "pairs", lambda p: None, type(prepared)), x)
+        self.judges += [] if self.static else [lambda: judge(y)]
+        return self.launched
+
+    def run(self, prepared, kernel: str, x: torch.Tensor) -> torch.Tensor:
+        """prepared.run at once."""
+        results = []
+        self.later(prepared, kernel, x, results.append)
+        self.flush()
+        return results[0]

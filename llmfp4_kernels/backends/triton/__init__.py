@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from ...formats import E4M3, INT8_MAX, INTEGER
 from ...packed import PackedFP4
 from ...problem import Kernel, Prepared, Problem
 from ..cpu import largest_k
@@ -48,6 +49,19 @@ def _no_power_of_two(what: str, size: int) -> str | None:
     return None
 
 
+def _beyond_bf16(problem: Problem) -> str | None:
+    """Why an activation that is no integer cannot be a bf16 operand: bf16 has 8 significant bits."""
+    activation, group = problem.activation, problem.dynamic.group_scale if problem.dynamic else None
+    if activation is None or problem.integer:
+        return None
+    if group == INTEGER and activation.max_factor == 0:
+        return f"{activation.name} reaches {activation.max_integer} units, integer groups need at most {INT8_MAX}"
+    bits = activation.mantissa_bits + 1 + (4 if group == E4M3 else 0)
+    if bits > 8:
+        return f"{activation.name} times an E4M3 group scale has {bits} significant bits, bf16 operands have 8"
+    return None
+
+
 def refusal(name: str, problem: Problem) -> str | None:
     """None, or why the row triton.NAME does not take a problem."""
     unusable = _unusable(problem)
@@ -57,7 +71,7 @@ def refusal(name: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     dynamic = problem.dynamic
     why = _no_power_of_two("weight", problem.group_size)
-    why = why or _no_power_of_two("activation", dynamic.group_size if dynamic else 0)
+    why = why or _no_power_of_two("activation", dynamic.group_size if dynamic else 0) or _beyond_bf16(problem)
     if why:
         return why
     if problem.integer:

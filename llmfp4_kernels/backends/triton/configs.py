@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 GEMV_TOKENS = 16
-FENCED = (3, 7)
+FENCED = (3, 9)
 """Triton from this version on puts fence.proxy.async between cp.async and the tensor cores that read shared memory by
 themselves (sm_90 and later). 3.6.0 does not, and they may read before the copy is visible."""
 
@@ -34,12 +34,12 @@ TABLE = {
     ("gemm", 8): (
         (32, Config(64, 32, 128, 4, 4)),
         (64, Config(64, 64, 128, 4, 4)),
-        (1 << 31, Config(128, 128, 64, 8, 3)),
+        (1 << 31, Config(128, 64, 64, 8, 4)),
     ),
     ("gemm", 16): (
         (32, Config(64, 32, 64, 4, 4)),
         (64, Config(64, 64, 64, 4, 4)),
-        (1 << 31, Config(128, 128, 64, 8, 3)),
+        (1 << 31, Config(128, 64, 64, 8, 4)),
     ),
 }
 

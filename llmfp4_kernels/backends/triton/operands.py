@@ -86,16 +86,16 @@ def _group_factor(v, x_scale, top, most, integer_scale, emax, mantissa, least, K
 
 @triton.jit(do_not_specialize=["m", "mantissa", "least", "emax", "shift_top"])
 def quantize(
-    x, operands, x_scale, shift, x_factor, static_scale, unit, top, reach, most, integer_scale,
+    x, operands, x_scale, shift, x_factor, static_scale, unit, top, reach, most, integer_scale, scale_out,
     mantissa, least, emax, shift_top, m, k, padded_k,
     STATIC: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x [m, k] of any dtype → operands [PLANES, m, padded_k] of int8 or bf16, x_scale fp32 [m]. Grid: tokens.
 
     STATIC: the scale is static_scale, else the token's largest / reach; KIND of groups: "none", "integer", "e4m3",
-    "e8m0" (scale 1). Of the element: top, the largest; most, the largest integer factor of a group; integer_scale (1
-    for bf16 operands); mantissa bits, least normal and largest exponent. Integers carry 2^(shift_top - shift), floats
-    2^-shift.
+    "e8m0" (scale 1). Of the element: top, the largest; most, the largest integer factor of a group; integer_scale;
+    mantissa bits, least normal and largest exponent. Operands are elements times scale_out and their group's factor;
+    with a shift, integers carry 2^(shift_top - shift), floats (shift_top 0) 2^-shift.
     """
     token = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
@@ -123,9 +123,9 @@ def quantize(
             if shift is not None:
                 exponent = tl.load(shift + at, at < k, other=0).to(tl.int32)
                 v = _rounded(u * (inverse * _power_of_two(exponent)), top, mantissa, least)
-                v = v * (integer_scale * _power_of_two(shift_top - exponent))
+                v = v * (scale_out * _power_of_two(shift_top - exponent))
             else:
-                v = _rounded(u * inverse, top, mantissa, least) * integer_scale
+                v = _rounded(u * inverse, top, mantissa, least) * scale_out
         else:
             if KIND == "e4m3":
                 v = u.reshape(BLOCK // GROUP, GROUP)
@@ -134,7 +134,7 @@ def quantize(
             else:
                 v = (u * inverse).reshape(BLOCK // GROUP, GROUP)
                 factor = _group_factor(v, scale, top, most, integer_scale, emax, mantissa, least, KIND)
-            v = _rounded(v * tl.div_rn(1.0, factor), top, mantissa, least) * (integer_scale * factor)
+            v = _rounded(v * tl.div_rn(1.0, factor), top, mantissa, least) * (scale_out * factor)
             v = v.reshape(BLOCK)
         if integer:
             whole = v.to(tl.int32)

@@ -39,23 +39,25 @@ class Prepared:
     """Codes in layout "pairs", scales and bias of one weight."""
 
     def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
+        self.device = packed.codes.device
+        given = packed.tensors | ({} if bias is None else {"bias": bias})
+        others = {name: t.device for name, t in given.items() if t.device != self.device and name != "x_scale"}
+        if self.device.type != machine.here.device_type or others:
+            raise NoKernel(
+                f"the Triton kernels take tensors on one GPU: codes are on {self.device}, others on {others}"
+            )
         self.packed = packed = to_layout(packed, "pairs")
         self.n, self.k = packed.shape
         self.padded_k, self.half = padded_inputs(self.k), -(-self.n // 2)
-        self.device = packed.codes.device
         self.codes, self.row_scale, self.scales = packed.codes.contiguous(), packed.row_scale.contiguous(), None
         if packed.scale:
             self.scales, self.row_scale = relative_scales(packed)
             self.scales = self.scales.contiguous()
         self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.shift = None if packed.shift is None else packed.shift.contiguous()
         self.factor = self._factor()
+        self.static_scale = 1.0 if packed.x_scale is None else packed.x_scale.item()
         self.lookups: dict[torch.dtype, Lookup] = {}
-        given = {name: getattr(self, name) for name in ("row_scale", "scales", "bias", "factor")}
-        others = {name: t.device for name, t in given.items() if t is not None and t.device != self.device}
-        if self.device.type != machine.here.device_type or others:
-            raise NoKernel(
-                f"the Triton kernels take tensors on one GPU: codes are on {self.device}, others on {others}"
-            )
 
     def _factor(self) -> torch.Tensor | None:
         """fp32 [k] by which activations are multiplied first; of unquantized ones with 2^-shift in it."""
@@ -108,11 +110,10 @@ class Prepared:
         reach = {"integer": element.max_factor, "e4m3": E4M3_MAX}.get(group.name, 1) if group else 1
         x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
         quantize[(m,)](
-            x, operands, x_scale, packed.shift, self.factor,
-            static_scale=1.0 if dynamic else packed.x_scale.item(),
-            unit=integer_scale(packed) if integer else 1.0,
+            x, operands, x_scale, self.shift, self.factor,
+            static_scale=self.static_scale, unit=integer_scale(packed) if integer else 1.0,
             top=element.max, reach=element.max * reach, most=float(element.max_factor),
-            integer_scale=float(element.integer_scale) if integer else 1.0,
+            integer_scale=float(element.integer_scale), scale_out=float(element.integer_scale) if integer else 1.0,
             mantissa=element.mantissa_bits, least=1 - element.bias, emax=element.max_shift - element.bias,
             shift_top=element.max_shift if integer and packed.shift is not None else 0,
             m=m, k=self.k, padded_k=self.padded_k,
