@@ -88,7 +88,8 @@ def main() -> None:
     }
     install_wheels(environment)
     build(environment)
-    run(sys.executable, "-m", "pytest", "-q", "-x", "python_tests/test_gpu.py", env=environment)
+    tests = ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py")
+    run(sys.executable, "-m", "pytest", "-q", "-x", *tests, env=environment)
     sanitize(environment)
     run(sys.executable, "benchmarks/golden.py", env=environment)
     if arguments.no_benchmarks:

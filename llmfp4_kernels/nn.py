@@ -9,13 +9,14 @@ import threading
 import torch
 from torch import nn
 
-from . import layout, reference
+from . import layout, reference, registry
 from .errors import BadInput, NoKernel
 from .formats import Element, Recipe
 from .formats import element as element_named
 from .formats import recipe as recipe_named
 from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of
 from .packed import PackedFP4, codes_shape, describe_dynamic
+from .problem import Problem
 
 _shuffling = threading.Lock()
 
@@ -219,19 +220,20 @@ class FP4Linear(FP4Module, nn.Linear):
         return None if self.bias is None or self.bias.requires_grad else self.bias
 
     def multiplier(self) -> Multiplier:
-        """The kernel side of this layer. The first call on a device puts the codes into its kernels' layout.
+        """The kernel side of this layer. The first call on a device puts the codes into the layout of its kernel for
+        one row.
 
         Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
         """
         current = self._current
         if current is None or not current.holds(self._parameters.values()):
             with _shuffling:  # two threads may meet at a layer's first call
-                wanted = layout.PREFERRED.get(self.codes.device.type)
-                if wanted and layout.LAYOUT_OF_NDIM[self.codes.ndim] != wanted and not hasattr(self, "_hf_hook"):
-                    codes = self.codes.detach()
-                    self.codes.data = layout.convert_codes(codes, self.out_features, self.in_features, wanted)
-                *tensors, spec = self.op_arguments()
-                made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
+                packed = packed_of(*self.op_arguments())
+                wanted = registry.layout_for(Problem.of(packed, 1, torch.float32))
+                if packed.layout != wanted and not hasattr(self, "_hf_hook"):
+                    self.codes.data = layout.convert_codes(self.codes.detach(), *packed.shape, wanted)
+                    packed = packed_of(*self.op_arguments())
+                made = Multiplier(packed, self._fused_bias())
                 current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
         return current.multiplier
 

@@ -31,10 +31,20 @@ def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :k]
 
 
+def padded_inputs(k: int) -> int:
+    """Inputs of the layouts under kernels: a multiple of 64."""
+    return -(-k // 64) * 64
+
+
 def codes_shape(n: int, k: int, layout: str) -> list[int]:
-    """Shape of the codes of an [n, k] weight in a layout of layout.py: "row", or padded "tiled" and "units"."""
-    strips, units = -(-n // 16), -(-k // 64)
-    return {"row": [n, (k + 1) // 2], "tiled": [strips, units * 8, 64], "units": [strips, units, 32, 16]}[layout]
+    """Shape of the codes of an [n, k] weight in a layout of layout.py: "row", or padded "tiled", "units", "pairs"."""
+    strips, units = -(-n // 16), padded_inputs(k) // 64
+    return {
+        "row": [n, (k + 1) // 2],
+        "tiled": [strips, units * 8, 64],
+        "units": [strips, units, 32, 16],
+        "pairs": [-(-n // 2) * padded_inputs(k)],
+    }[layout]
 
 
 def describe_dynamic(dynamic: Dynamic | None) -> dict | None:
@@ -59,7 +69,7 @@ class PackedFP4:
     """A weight [n, k] with 4 bits per value, and what the activations that meet it look like.
 
     codes        uint8 [n, ceil(k/2)]   two codes a byte, row order, even k in the low nibble; or, under a kernel,
-                                        the tiles or units of `layout.py` (layout = "tiled", "units")
+                                        a layout of `layout.py` ("tiled", "units", "pairs")
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None

@@ -86,16 +86,21 @@ def _fields(element: Element) -> tuple[int, int, int]:
     return element.exponent_bits, element.mantissa_bits, element.bias
 
 
-def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales uint8 [ceil(n/16), groups of padded k, 8, 2], row_scale): outputs g and g + 8 of a strip side by side.
-
-    E8M0 bytes become relative to the row's largest, which is 127 (1.0) then and goes into row_scale: fp16 holds them.
-    """
+def relative_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(group_scale, row_scale): E8M0 bytes relative to the row's largest, which is 127 (1.0) then and goes into
+    row_scale, so that fp16 holds them. Others as they are."""
     scales, row_scale = packed.group_scale, packed.row_scale
-    if packed.scale == E8M0:
-        largest = scales.amax(1, keepdim=True)
-        scales = (scales.int() + 127 - largest).clamp(min=0).to(torch.uint8)
-        row_scale = torch.ldexp(row_scale, largest[:, 0].int() - 127)
+    if packed.scale != E8M0:
+        return scales, row_scale
+    largest = scales.amax(1, keepdim=True)
+    scales = (scales.int() + 127 - largest).clamp(min=0).to(torch.uint8)
+    return scales, torch.ldexp(row_scale, largest[:, 0].int() - 127)
+
+
+def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(relative scales uint8 [ceil(n/16), groups of padded k, 8, 2], row_scale): outputs g and g + 8 of a strip side by
+    side."""
+    scales, row_scale = relative_scales(packed)
     n, k = packed.shape
     groups = -(-(-(-k // 64) * 64) // packed.group_size)
     scales = torch.nn.functional.pad(scales, (0, groups - scales.shape[1], 0, -n % 16))
