@@ -21,10 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
 MINUTES = 8
 """That all of it may take."""
+STARTED = time.perf_counter()
+
+
+def elapsed() -> float:
+    return time.perf_counter() - STARTED
 
 
 def say(text: str) -> None:
-    print(f"gpu-check {time.perf_counter():6.1f} s: {text}", flush=True)
+    print(f"gpu-check {elapsed():6.1f} s: {text}", flush=True)
 
 
 def run(*command, **options) -> None:
@@ -95,7 +100,7 @@ def main() -> None:
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
-        left = max(MINUTES * 60 - time.perf_counter() - 30, 60)  # 30 s: what is running then, and the pictures
+        left = max(MINUTES * 60 - elapsed() - 30, 60)  # 30 s: what is running then, and the pictures
         run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), env=environment)
     say("done")
 

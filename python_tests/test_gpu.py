@@ -56,17 +56,30 @@ def test_dynamic_integers(activation, dynamic):
 @pytest.mark.parametrize("group", [*GROUP_SCALES, (E8M0, 16)], ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_floats(group, dtype):
+    for i, (m, n, k) in enumerate(SHAPES):
+        element = list(FP4_ELEMENTS.values())[i % 3]
+        check_floats(m, dtype, random_packed(n, k, element, scale=group[0], group_size=group[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shifts_of_floats_on_either_side(dtype):
+    for m, n, k in SHAPES:
+        names = check_floats(m, dtype, random_packed(n, k, E2M1, shift=True))
+        assert ("cuda.sm80-weight-shift" in names) == (dtype != torch.float16)
+
+
+def check_floats(m, dtype, packed) -> list[str]:
     """Tensor cores add with fewer bits than fp32: 2^-21 of Σ|x·w| a step of 16, plus what test_cuda_float allows."""
     from test_cuda_float import exact_and_bound
 
-    for i, (m, n, k) in enumerate(SHAPES):
-        element = list(FP4_ELEMENTS.values())[i % 3]
-        packed, bias = random_packed(n, k, element, scale=group[0], group_size=group[1]), torch.randn(n)
-        x = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1)
-        exact, bound = exact_and_bound(packed, x, bias)
-        bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
-        for name, y in runs(packed, x, bias):
-            assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+    (n, k), ran = packed.shape, []
+    x, bias = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1), torch.randn(n)
+    exact, bound = exact_and_bound(packed, x, bias)
+    bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
+    for name, y in runs(packed, x, bias):
+        assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+        ran.append(name)
+    return ran
 
 
 @pytest.mark.parametrize("group", [(E8M0, 32), (E4M3, 16), (E4M3, 128)], ids=lambda g: f"{g[0].name}-{g[1]}")

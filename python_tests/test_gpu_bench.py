@@ -12,9 +12,9 @@ from llmfp4_kernels import reference
 from llmfp4_kernels.errors import BadFile, NoKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-adapters, bench, gpu, gpu_report, golden, operands, ours, rivals_cuda = map(
+adapters, bench, gpu, gpu_check, gpu_report, golden, operands, ours, rivals_cuda = map(
     importlib.import_module,
-    ("adapters", "bench", "gpu", "gpu_report", "golden", "operands", "ours", "rivals_cuda"),
+    ("adapters", "bench", "gpu", "gpu_check", "gpu_report", "golden", "operands", "ours", "rivals_cuda"),
 )
 OPTIONS = dict(m=[1, 40], schemes=[], rivals=[], rounds=2, budget=0.0, limit=9.0)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -37,6 +37,22 @@ def on_cpu(weight, recipe, dtype="fp32"):
 def test_without_a_gpu_it_says_so(script):
     with pytest.raises(SystemExit, match="on a GPU: there is none that torch can use"):
         script.main([])
+
+
+@pytest.mark.parametrize("arguments, benchmarks", [([], 1), (["--no-benchmarks"], 0)])
+def test_gpu_check_runs_everything_in_its_time(arguments, benchmarks, monkeypatch):
+    ran = []
+    for name in ("install_wheels", "build", "sanitize"):
+        monkeypatch.setattr(gpu_check, name, lambda environment, name=name: ran.append(name))
+    monkeypatch.setattr(gpu_check, "run", lambda *command, env: ran.append([str(part) for part in command[1:]]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "STARTED", gpu_check.time.perf_counter() - 100)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    gpu_check.main()
+    expected = [["benchmarks/gpu.py", "--limit", "350"]] * benchmarks  # 8 minutes, less 100 s that have passed, less 30
+    assert ran == ["install_wheels", "build", ["-m", "pytest", "-q", "-x", "python_tests/test_gpu.py"], "sanitize",
+                   ["benchmarks/golden.py"], *expected]  # fmt: skip
+    assert all((gpu_check.ROOT / command[0]).is_file() for command in ran[-1 - benchmarks :])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 // int8 activations and weights with a scale per group: the sum of a group is exact in int32, its product with the scale
-// is added to a float. Within a group's order csrc/cpu/gemm_grouped.h adds the same; groups of more than 64 inputs are
-// added in parts of 64.
+// is added to a float: the bits of csrc/cpu/gemm_grouped.h where one warp adds all groups. Groups of more than 64
+// inputs are added in parts of 64.
 //
 // A product must not mix groups, and lane t of units.h holds inputs of one group of 16. So the four lanes of a quad
 // exchange words first, and quantize.h writes activations in the order that they hold then:
