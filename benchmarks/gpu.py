@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import adapters
+import arguments
 import gpu_report
 import torch
 from bench import TURNS, Contender, compare
-from gemm import shape, takes
+from gemm import takes
 from graphs import GraphTurns
 from machine import ROOT
 from operands import Weight
@@ -121,20 +122,24 @@ def line(row: dict) -> str:
     )
 
 
-def main(arguments=None) -> int:
+def scheme(text: str) -> str:
+    """RECIPE[:DTYPE][@KERNEL]."""
+    recipe, separator, kernel = text.partition("@")
+    return arguments.scheme(recipe) + separator + kernel
+
+
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rivals = list(adapters.on_gpu())
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxK")
-    parser.add_argument("--m", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--schemes", nargs="*", default=SCHEMES, metavar="RECIPE[:fp16][@KERNEL]")
+    parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--m", type=arguments.count, nargs="+", default=TOKENS)
+    parser.add_argument("--schemes", type=scheme, nargs="*", default=SCHEMES, metavar="RECIPE[:fp16][@KERNEL]")
     parser.add_argument("--rivals", nargs="*", default=rivals, choices=rivals, metavar="RIVAL", help=", ".join(rivals))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=0.01, help="seconds that one contender runs in one round")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which nothing new is started")
+    parser.add_argument("--rounds", type=arguments.rounds, default=3)
+    parser.add_argument("--budget", type=arguments.seconds, default=0.01, help="seconds of one contender in one round")
+    parser.add_argument("--limit", type=arguments.seconds, default=300, help="after which nothing new is started")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines, written anew; table and pictures beside")
-    options = parser.parse_args(arguments)
-    if min([*options.m, options.rounds - 1]) < 1:
-        parser.error(f"--m must be at least 1 and --rounds at least 2, they are {options.m} and {options.rounds}")
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("gpu.py times products on a GPU: there is none that torch can use")
     started, failures, bandwidth = time.perf_counter(), [], copy_bandwidth()

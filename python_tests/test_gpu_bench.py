@@ -57,8 +57,8 @@ def test_gpu_check_runs_everything_in_its_time(arguments, benchmarks, monkeypatc
 
 @pytest.mark.parametrize(
     "arguments, sentence",
-    [("--rounds 1", "--rounds at least 2"), ("--m 0 4", "--m must be at least 1"), ("--rivals cudnn", "invalid choice"),
-     ("--shapes 4096", "invalid shape value"), ("--m one", "invalid int value")],
+    [("--rounds 1", "of at least 2"), ("--m 0 4", "of at least 1"), ("--rivals cudnn", "invalid choice"),
+     ("--shapes 4096", "is no shape NxK"), ("--schemes fp4@cuda.gemv", "unknown recipe")],
 )  # fmt: skip
 def test_bad_arguments_are_refused(arguments, sentence, capsys):
     with pytest.raises(SystemExit):
