@@ -21,13 +21,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from ptx import In, Out, Program, build, missing
+from ptx import In, Out, Program, build
 
 from llmfp4_kernels.backends.triton import configs, machine
 from llmfp4_kernels.problem import Kernel
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE.parent / "triton"))
-WHY_NOT = machine.problem_with_triton() or missing()
+WHY_NOT = machine.problem_with_triton() or build.cannot_run()
 READ_ONLY = {
     "product": ("codes", "x", "row_scale", "bias", "x_scale", "scales"),
     "add_splits": ("partial", "row_scale", "bias", "x_scale"),

@@ -37,13 +37,18 @@ def nvcc() -> str | None:
     return next((p for p in found if p), None)
 
 
-def missing() -> str | None:
-    """Why kernels cannot run here, or None."""
-    if nvcc() is None:
-        return "no nvcc on PATH or in /usr/local/cuda*/bin: CUDA kernels cannot be compiled to PTX"
+def cannot_run() -> str | None:
+    """Why PTX cannot run here, or None."""
     if platform.machine() != "x86_64":
         return f"the machine's fibers are written for x86_64, this is {platform.machine()}"
     return None if shutil.which("g++") else "no g++ on PATH: translated PTX cannot be compiled"
+
+
+def missing() -> str | None:
+    """Why CUDA kernels cannot run here, or None."""
+    if nvcc() is None:
+        return "no nvcc on PATH or in /usr/local/cuda*/bin: CUDA kernels cannot be compiled to PTX"
+    return cannot_run()
 
 
 def call(*command) -> str:
