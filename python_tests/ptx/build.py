@@ -131,14 +131,14 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernels(text: str) -> ctypes.CDLL:
-    """The translated kernels of PTX text. -O1: kernels are long, and run once."""
+def kernels(text: str, level: str = "-O1") -> ctypes.CDLL:
+    """The translated kernels of PTX text. -O1: kernels are long, and run once; -O0 if they run on next to nothing."""
     code = translate(text)
     runtime()
 
     def make(out: Path) -> None:
         source = out.with_suffix(".cpp")
         source.write_text(code)
-        call("g++", "-O1", *FLAGS, "-I", HERE, "-shared", source, "-o", out)
+        call("g++", level, *FLAGS, "-I", HERE, "-shared", source, "-o", out)
 
-    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), code)}.so", make)))
+    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), level, code)}.so", make)))
