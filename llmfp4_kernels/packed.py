@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .errors import BadFile, BadInput
-from .formats import FP4_ELEMENTS, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
+from .formats import FP4_ELEMENTS, INT8_MAX, INTEGER, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
 from .formats import element as element_named
 
 FORMAT, VERSION = "llmfp4", 1
@@ -123,6 +123,9 @@ class PackedFP4:
             )
         if self.dynamic is not None and (self.x_scale is not None or self.shift is not None):
             raise BadInput("dynamic activation scales exclude a static x_scale and a shift")
+        if self.dynamic is not None and self.dynamic.group_scale == INTEGER and not self.activation.max_factor:
+            name, units = self.activation.name, self.activation.max_integer
+            raise BadInput(f"integer groups need an element of at most {INT8_MAX} units, {name} has {units}")
         if self.x_scale is not None:
             self._check("x_scale", torch.float32, [])
             if not (self.x_scale.isfinite() and self.x_scale > 0):

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from ...formats import E4M3, INT8_MAX, INTEGER
+from ...formats import E4M3
 from ...packed import PackedFP4
 from ...problem import Kernel, Prepared, Problem
 from ..cpu import largest_k
@@ -54,8 +54,6 @@ def _beyond_bf16(problem: Problem) -> str | None:
     activation, group = problem.activation, problem.dynamic.group_scale if problem.dynamic else None
     if activation is None or problem.integer:
         return None
-    if group == INTEGER and activation.max_factor == 0:
-        return f"{activation.name} reaches {activation.max_integer} units, integer groups need at most {INT8_MAX}"
     bits = activation.mantissa_bits + 1 + (4 if group == E4M3 else 0)
     if bits > 8:
         return f"{activation.name} times an E4M3 group scale has {bits} significant bits, bf16 operands have 8"
