@@ -50,8 +50,8 @@ def test_gpu_check_runs_everything_in_its_time(arguments, benchmarks, monkeypatc
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
     gpu_check.main()
     expected = [["benchmarks/gpu.py", "--limit", "350"]] * benchmarks  # 8 minutes, less 100 s that have passed, less 30
-    assert ran == ["install_wheels", "build", ["-m", "pytest", "-q", "-x", "python_tests/test_gpu.py"], "sanitize",
-                   ["benchmarks/golden.py"], *expected]  # fmt: skip
+    tests = ["-m", "pytest", "-q", "-x", "python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"]
+    assert ran == ["install_wheels", "build", tests, "sanitize", ["benchmarks/golden.py"], *expected]
     assert all((gpu_check.ROOT / command[0]).is_file() for command in ran[-1 - benchmarks :])
 
 
