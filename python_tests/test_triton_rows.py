@@ -11,7 +11,7 @@ from llmfp4_kernels import environment, layout
 from llmfp4_kernels.backends import cuda, triton
 from llmfp4_kernels.backends.triton import configs, machine
 from llmfp4_kernels.errors import BadInput, NoKernel
-from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, Dynamic, element
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, RECIPES, Dynamic, element
 from llmfp4_kernels.packed import codes_shape, unpack
 from llmfp4_kernels.problem import Problem
 from llmfp4_kernels.registry import FORCE, choose, explain, layout_for
@@ -91,6 +91,14 @@ def test_refusals_are_sentences(gpu, monkeypatch):
 def test_without_the_cuda_module_a_gpu_runs_triton_on_pairs(problem, gpu):
     problem = Problem(**{**vars(PROBLEM), **problem})
     assert choose(problem).name == "triton.gemv" and layout_for(problem) == "pairs"
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 10_000])
+def test_every_recipe_runs_on_triton_alone(m, gpu):
+    for recipe in RECIPES.values():
+        for dtype in triton.DTYPES:
+            problem = Problem.of_recipe(recipe, m, 4099, 2050, dtype=dtype, device="cuda")
+            assert choose(problem).name == ("triton.gemv" if m <= 16 else "triton.gemm"), recipe.name
 
 
 def test_forcing_a_row_raises_its_refusal(monkeypatch):

@@ -127,13 +127,9 @@ def quantize(
             else:
                 v = _rounded(u * inverse, top, mantissa, least) * scale_out
         else:
-            if KIND == "e4m3":
-                v = u.reshape(BLOCK // GROUP, GROUP)
-                factor = _group_factor(v, scale, top, most, integer_scale, emax, mantissa, least, KIND)
-                v = v * inverse
-            else:
-                v = (u * inverse).reshape(BLOCK // GROUP, GROUP)
-                factor = _group_factor(v, scale, top, most, integer_scale, emax, mantissa, least, KIND)
+            measured = (u if KIND == "e4m3" else u * inverse).reshape(BLOCK // GROUP, GROUP)
+            factor = _group_factor(measured, scale, top, most, integer_scale, emax, mantissa, least, KIND)
+            v = (u * inverse).reshape(BLOCK // GROUP, GROUP)
             v = _rounded(v * tl.div_rn(1.0, factor), top, mantissa, least) * (scale_out * factor)
             v = v.reshape(BLOCK)
         if integer:

@@ -31,18 +31,18 @@ def _scaled(sum, plane, x_scale, row_scale, bias, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _leave(sum, plane, outputs, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES: tl.constexpr):
+def _leave(sum, plane, outputs, valid, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES: tl.constexpr):
     """Sums [outputs, tokens] → y [m, n], or to the part of this split in `partial` [splits, planes, m, n]."""
-    inside = (outputs < n)[:, None] & (tokens < m)[None, :]
+    inside = valid[:, None] & (tokens < m)[None, :]
     at = tokens.to(tl.int64)[None, :] * n + outputs[:, None]
     if partial is None:
-        rows = tl.load(row_scale + outputs, outputs < n, other=0)[:, None]
+        rows = tl.load(row_scale + outputs, valid, other=0)[:, None]
         worth = x_scale
         if x_scale is not None:
             worth = tl.load(x_scale + tokens, tokens < m, other=0)[None, :]
         added = bias
         if bias is not None:
-            added = tl.load(bias + outputs, outputs < n, other=0)[:, None]
+            added = tl.load(bias + outputs, valid, other=0)[:, None]
         value = _scaled(sum, plane, worth, rows, added, PLANES)
         tl.store(y + at, value.to(y.dtype.element_ty), inside)
     else:
@@ -60,7 +60,7 @@ def _scales(scales, outputs, group, n, groups, dtype: tl.constexpr, SCALE: tl.co
     return decode_scale(bytes, dtype, SCALE)[:, :, None]
 
 
-@triton.jit(do_not_specialize=["m", "half", "groups"])
+@triton.jit(do_not_specialize=["m", "groups"])
 def product(
     codes, x, y, partial, row_scale, bias, x_scale, scales, m, n, half, k, padded_k, groups,
     PLANES: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
@@ -105,9 +105,11 @@ def product(
             operand = tl.load(x_rows + m.to(tl.int64) * k + inputs[:, None], inputs[:, None] < k, other=0)
             low_plane = tl.dot(w_low, operand, low_plane, out_dtype=total)
             high_plane = tl.dot(w_high, operand, high_plane, out_dtype=total)
-    outputs = tl.where(rows < half, rows, n)
-    _leave(low, low_plane, outputs, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES)
-    _leave(high, high_plane, outputs + half, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES)
+    valid = rows < half
+    _leave(low, low_plane, rows, valid, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES)
+    rows += half
+    valid &= rows < n
+    _leave(high, high_plane, rows, valid, tokens, y, partial, row_scale, bias, x_scale, m, n, split, PLANES)
 
 
 @triton.jit(do_not_specialize=["m", "splits"])
