@@ -18,6 +18,7 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
     q.x = call.x, q.dtype = call.dtype;
     q.m = call.m, q.k = w.k, q.padded_k = padded_k, q.planes = plan.planes;
     q.integers = reinterpret_cast<int8_t*>(call.workspace);
+    q.blocked_rows = plan.blocked_rows;
     q.x_scale = reinterpret_cast<float*>(call.workspace + plan.x_bytes);
     q.shift = a.shift, q.x_factor = a.x_factor;
     q.static_scale = a.x_scale;
@@ -25,6 +26,7 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
     q.shift_top = top;
     q.group_size = a.group_size;
     q.set_element(a.element);
+    if (a.fp8()) q.fp8 = true, q.integer_scale = fp8_part, q.unit = 1.0f / fp8_part;
     const int chunks = padded_k / chunk_k, whole_warps = (chunks + warp_size - 1) / warp_size * warp_size;
     const int threads = whole_warps < quantize_threads_limit ? whole_warps : quantize_threads_limit;
     start("quantize_activations", quantize_activations, call.m, 1, 1, threads, 0, false, call.queue, q);
@@ -33,14 +35,20 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
 static void make_parts(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
     constexpr int threads = 256;
     const int padded_k = int(UnitLayout{w.n, w.k}.padded_k()), blocks = (padded_k + threads - 1) / threads;
-    const Split q{
-        call.x,    call.dtype, call.m, w.k, padded_k, plan.planes, reinterpret_cast<uint16_t*>(call.workspace),
-        a.x_factor};
+    const Split q{call.x,
+                  call.dtype,
+                  call.m,
+                  w.k,
+                  padded_k,
+                  plan.planes,
+                  reinterpret_cast<uint16_t*>(call.workspace),
+                  plan.blocked_rows,
+                  a.x_factor};
     start("split_activations", split_activations, call.m, blocks, 1, threads, 0, false, call.queue, q);
 }
 
 void make_operands(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
-    if (a.integer())
+    if (a.quantized())
         make_integers(w, a, plan, call);
     else if (!plan.direct)
         make_parts(w, a, plan, call);

@@ -13,17 +13,16 @@ struct Output {
     int m, n;
     const float* row_scale;  // [n]
     const float* bias;       // [n] or null
-    const float*
-        x_scale;    // [m]: what one unit of an integer sum is worth, NaN for a token with NaN or Inf; not for floats
-    int planes;     // of activations: row planes·m + p of the products is plane p of token m
-    int splits;     // blocks that share a sum over k
-    void* partial;  // [splits][planes · m][n], only with splits > 1
-    unsigned* arrived;  // one counter per tile, all 0 between kernels
+    const float* x_scale;    // [m]: what one unit of a sum is worth, NaN for a token with NaN or Inf; null: 1
+    int planes;              // of activations: row planes·m + p of the products is plane p of token m
+    int splits;              // blocks that share a sum over k
+    void* partial;           // [splits][planes · m][n], only with splits > 1
+    unsigned* arrived;       // one counter per tile, all 0 between kernels
 };
 
 inline Output output_of(const Weight& w, const Plan& plan, const Call& call) {
     char* partial = call.workspace + plan.x_bytes + plan.scale_bytes;
-    const float* x_scale = reinterpret_cast<const float*>(call.workspace + plan.x_bytes);
+    const float* x_scale = plan.scale_bytes ? reinterpret_cast<const float*>(call.workspace + plan.x_bytes) : nullptr;
     return {call.y,  Dtype(call.dtype), call.m,      w.n,     w.row_scale, w.bias,
             x_scale, plan.planes,       plan.splits, partial, call.arrived};
 }
@@ -43,9 +42,10 @@ __device__ inline float scaled(const Output& out, const int32_t* sum, size_t row
     return mul(mul(whole, out.x_scale[token]), out.row_scale[o]);
 }
 
-__device__ inline float scaled(const Output& out, const float* sum, size_t row_stride, int, int o) {
+__device__ inline float scaled(const Output& out, const float* sum, size_t row_stride, int token, int o) {
     float whole = sum[0];
     for (int plane = 1; plane < out.planes; ++plane) whole = add(whole, sum[plane * row_stride]);
+    if (out.x_scale) whole = mul(whole, out.x_scale[token]);
     return mul(whole, out.row_scale[o]);
 }
 

@@ -1,4 +1,4 @@
-// Host side of what both families launch: the Product of a weight and a call's operands.
+// Host side of what all families launch: the Product of a weight and a call's operands.
 #pragma once
 #include "decode.h"
 #include "epilogue.h"
@@ -20,7 +20,7 @@ Product<Operand> product_of(const Weight& w, const Plan& plan, const Call& call,
     return {static_cast<const uint4*>(w.codes),
             plan.direct ? static_cast<const char*>(call.x) : call.workspace,
             size_t(k_bytes),
-            plan.rows,
+            plan.blocked_rows ? plan.blocked_rows : plan.rows,
             k_bytes,
             int(at.units_k()),
             int(at.strips()),
@@ -34,6 +34,7 @@ Product<Operand> product_of(const Weight& w, const Plan& plan, const Call& call,
 // Calls launch(Operand{}, table, grouped) for the operand that the activations become.
 template <class F>
 void with_operand(const Weight& w, const Activations& a, const Call& call, F&& launch) {
+    if (a.fp8()) throw std::invalid_argument("8-bit floats are multiplied by sm90 only");
     if (a.integer()) return launch(Type<Int8>{}, Int8::Table(w.element), std::false_type{});
     const bool bf16 = a.half_is_bf16(call.dtype);
     const HalfTable table(w.element, bf16);
