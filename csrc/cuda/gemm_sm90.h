@@ -105,98 +105,121 @@ __device__ inline void leave(const Output& out, const Sum (&acc)[rows8][4], Sum*
         add_kept<Sum>(out, row0, 8 * rows8, out0, sm90_outs);
 }
 
+// What a block takes: units begin .. begin + count of these rows and strips; and where stages lie.
+template <class T>
+struct ShareSm90 {
+    char* stages;
+    uint64_t *full, *empty;
+    int row0, strip0, begin, count;
+
+    __device__ char* stage_of(int i) const { return stages + i % T::stages * T::stage_bytes; }
+};
+
+// All lanes of the copying warp.
+template <class T, bool grouped, class Operand>
+__device__ inline void bring(const Product<Operand>& p, const ShareSm90<T>& share) {
+    const int lane = threadIdx.x % warp_size;
+    // Bytes of scales of one strip in a unit: a group of 16 inputs has 16, outputs g and g + 8 side by side.
+    const unsigned strip_scales = 64u >> min(p.group_shift, 2);
+    auto fetch_weights = [&](int i) {
+        char* stage = share.stage_of(i);
+        uint64_t* barrier = &share.full[i % T::stages];
+        if (lane == 0)
+            arrive_expecting(barrier, T::codes_bytes + T::x_bytes + (grouped ? sm90_warps * strip_scales : 0));
+        warp_barrier();
+        if (lane >= sm90_warps) return;
+        // Beyond the last strip: any codes, their sums go nowhere.
+        const int strip = min(share.strip0 + lane, p.strips - 1), unit = share.begin + i;
+        copy_bulk(stage + lane * unit_bytes, p.codes + (size_t(strip) * p.units_k + unit) * warp_size, unit_bytes,
+                  barrier);
+        if (grouped)
+            copy_bulk(stage + T::codes_bytes + lane * T::strip_scales, scales_at(p, strip, unit, 0, 0), strip_scales,
+                      barrier);
+    };
+    auto fetch_x = [&](int i) {
+        const size_t unit_stride = p.rows / block_rows * size_t(T::row8_bytes);
+        const char* rows = p.x + (share.begin + i) * unit_stride + share.row0 / block_rows * T::row8_bytes;
+        if (lane == 0) copy_bulk(share.stage_of(i) + T::x_at, rows, T::x_bytes, &share.full[i % T::stages]);
+    };
+    // Weights of the first stages are fetched before x, which the kernel before may still be writing.
+    const int first = min(share.count, T::stages);
+#pragma unroll 1
+    for (int i = 0; i < first; ++i) fetch_weights(i);
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < first; ++i) fetch_x(i);
+#pragma unroll 1
+    for (int i = first; i < share.count; ++i) {
+        wait_for_phase(&share.empty[i % T::stages], (i / T::stages - 1) & 1);
+        fetch_weights(i);
+        fetch_x(i);
+    }
+}
+
+// total += the products of a warpgroup's 64 outputs with all rows.
+template <class T, bool grouped, class Operand, int rows8, class Sum>
+__device__ inline void multiply_units(const Product<Operand>& p, const ShareSm90<T>& share, Sum (&total)[rows8][4]) {
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    auto weights_of = [&](int i) {
+        const char* stage = share.stage_of(i);
+        wait_for_phase(&share.full[i % T::stages], i / T::stages & 1);
+        Operand weights(reinterpret_cast<const uint4*>(stage + warp * unit_bytes)[lane], p.table);
+        if constexpr (grouped) {
+            const char* scales = stage + T::codes_bytes + warp * T::strip_scales;
+            const int group = lane % 4 >> min(p.group_shift, 2);
+            weights.scale(reinterpret_cast<const ScalePair*>(scales)[group * 8 + lane / 4], p.scale_kind);
+        }
+        return weights;
+    };
+    Sum acc[rows8][4] = {};
+    Operand weights = weights_of(0);
+    for (int i = 0; i < share.count; ++i) {
+        uint64_t x = blocks_at(share.stage_of(i) + T::x_at, T::row8_bytes);
+        products_begin();
+#pragma unroll
+        for (const auto& a : weights.a) {
+            multiply_add(numbers(weights), acc, a, x);
+            x = blocks_after(x, 2 * block_bytes);
+        }
+        products_commit();
+        Operand next = i + 1 < share.count ? weights_of(i + 1) : weights;
+        wait_for_products();
+        if (lane == 0) arrive(&share.empty[i % T::stages]);
+        // Products read registers until the wait: what comes next may not be put there before.
+#pragma unroll
+        for (auto& a : next.a)
+#pragma unroll
+            for (uint32_t& word : a) settle(word);
+        weights = next;
+        if constexpr (units_of_a_sum<Operand> > 0)
+            if ((i + 1) % units_of_a_sum<Operand> == 0) promote(total, acc);
+    }
+    promote(total, acc);
+}
+
 template <class Operand, bool grouped, int rows8>
 __device__ inline void gemm_sm90_block(const GemmSm90<Operand>& kernel) {
     using T = TileSm90<Operand, grouped, rows8>;
+    using Sum = typename Operand::Sum;
     extern __shared__ __align__(128) char stages[];
     __shared__ uint64_t full[T::stages], empty[T::stages];
     const Product<Operand>& p = kernel.product;
-    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    const int row0 = blockIdx.x * T::rows, strip0 = blockIdx.y * sm90_warps;
     const int begin = int(int64_t(p.units_k) * blockIdx.z / gridDim.z);
-    const int count = int(int64_t(p.units_k) * (blockIdx.z + 1) / gridDim.z) - begin;
-    // Bytes of scales of one strip in a unit: a group of 16 inputs has 16, outputs g and g + 8 side by side.
-    const unsigned strip_scales = 64u >> min(p.group_shift, 2);
+    const int end = int(int64_t(p.units_k) * (blockIdx.z + 1) / gridDim.z);
+    const int row0 = blockIdx.x * T::rows, strip0 = blockIdx.y * sm90_warps;
+    const ShareSm90<T> share{stages, full, empty, row0, strip0, begin, end - begin};
     if (threadIdx.x == 0) {
         for (int i = 0; i < T::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], sm90_warps);
         barriers_ready();
     }
     block_barrier();
 
-    typename Operand::Sum acc[rows8][4] = {}, total[rows8][4] = {};
-    if (warp == sm90_warps) {
-        auto fetch_weights = [&](int i) {
-            char* stage = stages + i % T::stages * T::stage_bytes;
-            uint64_t* barrier = &full[i % T::stages];
-            if (lane == 0)
-                arrive_expecting(barrier, T::codes_bytes + T::x_bytes + (grouped ? sm90_warps * strip_scales : 0));
-            warp_barrier();
-            if (lane >= sm90_warps) return;
-            // Beyond the last strip: any codes, their sums go nowhere.
-            const int strip = min(strip0 + lane, p.strips - 1), unit = begin + i;
-            copy_bulk(stage + lane * unit_bytes, p.codes + (size_t(strip) * p.units_k + unit) * warp_size, unit_bytes,
-                      barrier);
-            if (grouped)
-                copy_bulk(stage + T::codes_bytes + lane * T::strip_scales, scales_at(p, strip, unit, 0, 0),
-                          strip_scales, barrier);
-        };
-        auto fetch_x = [&](int i) {
-            const size_t unit_stride = p.rows / block_rows * size_t(T::row8_bytes);
-            if (lane == 0)
-                copy_bulk(stages + i % T::stages * T::stage_bytes + T::x_at,
-                          p.x + (begin + i) * unit_stride + row0 / block_rows * T::row8_bytes, T::x_bytes,
-                          &full[i % T::stages]);
-        };
-        // Weights of the first stages are fetched before x, which the kernel before may still be writing.
-        const int first = min(count, T::stages);
-#pragma unroll 1
-        for (int i = 0; i < first; ++i) fetch_weights(i);
-        wait_for_previous_kernel();
-#pragma unroll 1
-        for (int i = 0; i < first; ++i) fetch_x(i);
-#pragma unroll 1
-        for (int i = first; i < count; ++i) {
-            wait_for_phase(&empty[i % T::stages], (i / T::stages - 1) & 1);
-            fetch_weights(i);
-            fetch_x(i);
-        }
-    } else {
-        auto weights_of = [&](int i) {
-            const char* stage = stages + i % T::stages * T::stage_bytes;
-            wait_for_phase(&full[i % T::stages], i / T::stages & 1);
-            Operand weights(reinterpret_cast<const uint4*>(stage + warp * unit_bytes)[lane], p.table);
-            if constexpr (grouped)
-                weights.scale(reinterpret_cast<const ScalePair*>(
-                                  stage + T::codes_bytes +
-                                  warp * T::strip_scales)[(lane % 4 >> min(p.group_shift, 2)) * 8 + lane / 4],
-                              p.scale_kind);
-            return weights;
-        };
-        Operand weights = weights_of(0);
-        for (int i = 0; i < count; ++i) {
-            uint64_t x = blocks_at(stages + i % T::stages * T::stage_bytes + T::x_at, T::row8_bytes);
-            products_begin();
-#pragma unroll
-            for (const auto& a : weights.a) {
-                multiply_add(numbers(weights), acc, a, x);
-                x = blocks_after(x, 2 * block_bytes);
-            }
-            products_commit();
-            Operand next = i + 1 < count ? weights_of(i + 1) : weights;
-            wait_for_products();
-            if (lane == 0) arrive(&empty[i % T::stages]);
-            // Products read registers until the wait: what comes next may not be put there before.
-#pragma unroll
-            for (auto& a : next.a)
-#pragma unroll
-                for (uint32_t& word : a) settle(word);
-            weights = next;
-            if constexpr (units_of_a_sum<Operand> > 0)
-                if ((i + 1) % units_of_a_sum<Operand> == 0) promote(total, acc);
-        }
-        promote(total, acc);
-    }
-    leave<rows8>(kernel.out, total, reinterpret_cast<typename Operand::Sum*>(stages), row0, strip0 * unit_n);
+    Sum total[rows8][4] = {};
+    if (threadIdx.x / warp_size == sm90_warps)
+        bring<T, grouped>(p, share);
+    else
+        multiply_units<T, grouped>(p, share, total);
+    leave<rows8>(kernel.out, total, reinterpret_cast<Sum*>(stages), row0, strip0 * unit_n);
 }
 
 }  // namespace llmfp4::cuda
