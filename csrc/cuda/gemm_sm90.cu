@@ -58,8 +58,10 @@ void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
     constexpr int rows_of[] = {32, 64, 128, 256}, least_units = 8;  // of a split
     const int columns = (w.n + sm90_outs - 1) / sm90_outs, units = int(UnitLayout{w.n, w.k}.units_k());
     auto blocks_of = [&](int kernel) { return (plan.rows + rows_of[kernel] - 1) / rows_of[kernel] * columns; };
-    // The narrowest tile that holds all rows; the widest only where it still gives every multiprocessor a block.
-    const bool widest = plan.exact && blocks_of(3) >= multiprocessors;
+    auto waves_of = [&](int kernel) { return (blocks_of(kernel) + multiprocessors - 1) / multiprocessors; };
+    // The narrowest tile that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
+    // leaves no more multiprocessors without work. By counting, not by measuring.
+    const bool widest = plan.exact && 2 * waves_of(3) <= waves_of(2);
     plan.kernel = plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
     const int rows = rows_of[plan.kernel], blocks = blocks_of(plan.kernel);
     plan.grid[0] = blocks / columns, plan.grid[1] = columns;
