@@ -4,7 +4,7 @@
 # make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 #                                         (ARGS="--recipes llm-fp4" and the like are passed on)
-# make gpu-check   on a machine with a GPU: build for it, test it (benchmarks/gpu_check.py)
+# make gpu-check   on a machine with a GPU: build for it, test it, time products on it (benchmarks/gpu_check.py)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -29,12 +29,12 @@ RESULTS := benchmarks/results
 bench: export OMP_WAIT_POLICY = passive
 bench: build $(VENV)/rivals build/ggml/native
 	rm -f $(RESULTS)/gemm.jsonl $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
-	$(PY) benchmarks/gemm.py --m 1 8 16 32 128 512 --rounds 5 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --m 1 8 32 128 512 --rounds 5 --out $(RESULTS)/gemm.jsonl
 	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 5 --out $(RESULTS)/gemm.jsonl
 	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) --rounds 5 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/model.py --out $(RESULTS)/model.jsonl
-	$(PY) benchmarks/quantize.py --out $(RESULTS)/quantize.jsonl
-	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/model.py --repeats 2 --out $(RESULTS)/model.jsonl
+	$(PY) benchmarks/quantize.py --rounds 2 --out $(RESULTS)/quantize.jsonl
+	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl 4096x4096
 	$(PY) benchmarks/figures.py
 
 $(VENV)/rivals: benchmarks/requirements-rivals.txt $(VENV)/installed

@@ -35,14 +35,28 @@ def adapters() -> dict[str, Callable[..., Contender]]:
         "torchao-int4": rivals_packages.torchao_int4,
         "onnxruntime-a8": part(rivals_packages.onnxruntime, accuracy=4),
         "onnxruntime-a32": part(rivals_packages.onnxruntime, accuracy=1),
-        "cublas-bf16": part(rivals_cuda.dense, dtype="bf16"),
-        "cublas-fp8": rivals_cuda.fp8,
-        "gemlite-int4": rivals_cuda.gemlite,
     }
+    rows |= on_gpu()
     for kind in ggml.TYPES:
         for buffer in ggml.BUFFERS:
             rows[f"llama.cpp-{kind}-{buffer}".lower()] = part(rivals_packages.llama_cpp, kind=kind, buffer=buffer)
     return rows
+
+
+def on_gpu() -> dict[str, Callable[..., Contender]]:
+    """Those of a GPU; its bf16 product first, which the others are compared with."""
+    part = functools.partial
+    return {
+        "cublas-bf16": part(rivals_cuda.dense, dtype="bf16"),
+        "cublas-fp16": part(rivals_cuda.dense, dtype="fp16"),
+        "cuda-int4": rivals_cuda.int4,
+        "cublas-int8": rivals_cuda.int8,
+        "cublas-int8-product": part(rivals_cuda.int8, product_only=True),
+        "cublas-fp8": rivals_cuda.fp8,
+        "cublas-fp8-product": part(rivals_cuda.fp8, product_only=True),
+        "gemlite-int4": rivals_cuda.gemlite,
+        "cuda-bitsandbytes-nf4": part(rivals_cuda.bitsandbytes, kind="nf4"),
+    }
 
 
 def versions() -> dict[str, str]:

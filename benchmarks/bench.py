@@ -11,10 +11,11 @@ from pathlib import Path
 
 import machine
 import torch
+from graphs import GraphTurns
 
 MOST_COPIES = 128
 WARM_UP = 1.0
-"""Seconds of first calls after which no more copies join the rotation, beyond four."""
+"""Seconds of first calls after which no more copies join the rotation, beyond four; on a GPU all join."""
 
 
 @dataclass
@@ -44,41 +45,37 @@ def last_level_cache() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
 
-def copies_for(weight_bytes: int, warm: bool = False) -> int:
+def copies_for(weight_bytes: int, warm: bool = False, device: str = "cpu") -> int:
     """How many copies of a weight exceed the last-level cache: 1 to MOST_COPIES. One, if it is to stay warm.
 
-    256 MB are enough: 40 contenders have 10 GB then.
+    256 MB are enough: 40 contenders have 10 GB then. On a GPU, twice the L2 cache.
     """
-    exceed = min(last_level_cache(), 256 << 20)
+    on_gpu = device == "cuda"
+    exceed = 2 * torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else min(last_level_cache(), 256 << 20)
     return 1 if warm else max(1, min(MOST_COPIES, -(-exceed // max(weight_bytes, 1))))
 
 
-def _cpu_timer(calls, x: torch.Tensor, budget: float) -> float:
-    count, started = 0, time.perf_counter()
-    while True:
-        next(calls)(x)
-        count += 1
-        elapsed = time.perf_counter() - started
-        if elapsed >= budget:
-            return elapsed / count
+class CpuTurns:
+    """Calls in turn, one after the other."""
+
+    def __init__(self, calls: list[Callable], x: torch.Tensor):
+        self.calls, self.x = itertools.cycle(calls), x
+
+    def once(self) -> torch.Tensor:
+        return next(self.calls)(self.x)
+
+    def seconds(self, budget: float) -> float:
+        count, started = 0, time.perf_counter()
+        while True:
+            self.once()
+            count += 1
+            elapsed = time.perf_counter() - started
+            if elapsed >= budget:
+                return elapsed / count
 
 
-def _cuda_timer(calls, x: torch.Tensor, budget: float) -> float:
-    """Calls are queued in batches, so that the GPU never waits for Python."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    count, seconds = 0, 0.0
-    while seconds < budget:
-        began.record()
-        for call in itertools.islice(calls, 20):
-            call(x)
-        ended.record()
-        ended.synchronize()
-        count, seconds = count + 20, seconds + began.elapsed_time(ended) / 1e3
-    return seconds / count
-
-
-TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer}
-"""timer(calls, x, budget): seconds per call over at least `budget` seconds; `calls` never ends."""
+TURNS = {"cpu": CpuTurns, "cuda": GraphTurns}
+"""TURNS[device](calls, x): once() is the result of one more turn, seconds(budget) per call over about `budget`."""
 
 
 def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
@@ -90,7 +87,7 @@ def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
         called += time.perf_counter() - started
         contender.check(operand, y)
         ready.append(call)
-        if len(ready) >= 4 and called > WARM_UP:
+        if contender.device == "cpu" and len(ready) >= 4 and called > WARM_UP:
             break
     return ready
 
@@ -110,14 +107,14 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
             operand = inputs[contender.x_dtype, contender.device]
             ready = _checked(contender, operand)
             rows.append({"name": contender.name, "kernel": kernel, "copies": len(ready), "times": []})
-            turns.append((itertools.cycle(ready), operand))
+            turns.append(TURNS[contender.device](ready, operand))
         before = machine.cpu_seconds()
         for _ in range(rounds):
-            for contender, row, (turn, operand) in zip(contenders, rows, turns):
-                row["times"].append(TIMERS[contender.device](turn, operand, budget))
+            for row, turn in zip(rows, turns):
+                row["times"].append(turn.seconds(budget))
         others = machine.others(before)
-        for contender, (turn, operand) in zip(contenders, turns):
-            contender.check(operand, next(turn)(operand))
+        for contender, turn in zip(contenders, turns):
+            contender.check(turn.x, turn.once())
     for row in rows:
         row["others"] = others
         row["seconds"] = statistics.median(row["times"])

@@ -11,8 +11,8 @@ import functools
 import itertools
 import os
 import sys
-from pathlib import Path
 
+import arguments
 import torch
 from adapters import adapters, versions
 from bench import Contender, compare
@@ -88,26 +88,23 @@ def line(row: dict) -> str:
     )
 
 
-def shape(text: str) -> tuple[int, int]:
-    n, k = text.split("x")
-    return int(n), int(k)
-
-
-def main(arguments=None) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=LINEAR_SHAPES, help="the linear shapes of a model")
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 4096)], metavar="NxK")
-    parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
-    parser.add_argument("--schemes", nargs="*", default=SCHEMES, metavar="RECIPE[:bf16]")
+    parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=[(4096, 4096)], metavar="NxK")
+    parser.add_argument("--m", type=arguments.count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
+    parser.add_argument("--threads", type=arguments.count, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--schemes", type=arguments.scheme, nargs="*", default=SCHEMES, metavar="RECIPE[:bf16]")
     parser.add_argument("--rivals", nargs="*", default=list(adapters()), choices=list(adapters()), metavar="RIVAL",
                         help=f"of {', '.join(adapters())}")  # fmt: skip
     parser.add_argument("--kernels", nargs="*", default=[], help="rows of the registry to force, each a contender")
     parser.add_argument("--warm", action="store_true", help="one copy of each weight, which may stay in the cache")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--budget", type=float, default=0.03, help="seconds that one contender runs in one round")
-    parser.add_argument("--out", type=Path, help="JSON lines to append to")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--rounds", type=arguments.rounds, default=9)
+    parser.add_argument(
+        "--budget", type=arguments.seconds, default=0.03, help="seconds that one contender runs in one round"
+    )
+    parser.add_argument("--out", type=arguments.result_file, help="JSON lines to append to")
+    options = parser.parse_args(argv)
     options.rivals = [name for name in options.rivals if name != FIRST]
     record = recorder(options.out, line, versions=versions(), wait_policy=os.environ.get("OMP_WAIT_POLICY", ""))
     for n, k in LINEAR_SHAPES[options.model] if options.model else options.shapes:

@@ -1,4 +1,5 @@
-"""`make gpu-check`: build for the GPU that is here, run the GPU tests, a memory checker and the benchmarks, offline.
+"""`make gpu-check`: build for the GPU that is here, run the GPU tests, a memory checker, single instructions for
+python_tests/vectors, and the benchmarks, offline.
 
 Runs from a copy of the tracked files, with the Python that has torch. cmake, ninja, pybind11 and pytest may be missing
 there: carry their wheels in .whl/ (or in the folder that WHEELS names). Nothing is downloaded. Fails on the first
@@ -18,10 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
+MINUTES = 8
+"""That all of it may take."""
+STARTED = time.perf_counter()
+
+
+def elapsed() -> float:
+    return time.perf_counter() - STARTED
 
 
 def say(text: str) -> None:
-    print(f"gpu-check {time.perf_counter():6.1f} s: {text}", flush=True)
+    print(f"gpu-check {elapsed():6.1f} s: {text}", flush=True)
 
 
 def run(*command, **options) -> None:
@@ -86,13 +94,15 @@ def main() -> None:
     }
     install_wheels(environment)
     build(environment)
-    run(sys.executable, "-m", "pytest", "-q", "-x", "python_tests/test_gpu.py", env=environment)
+    tests = ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py")
+    run(sys.executable, "-m", "pytest", "-q", "-x", *tests, env=environment)
     sanitize(environment)
-    benchmark = ROOT / "benchmarks" / "gpu.py"
-    if arguments.no_benchmarks or not benchmark.exists():
+    run(sys.executable, "benchmarks/golden.py", env=environment)
+    if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
-        run(sys.executable, benchmark, env=environment)
+        left = max(MINUTES * 60 - elapsed() - 30, 60)  # 30 s: what is running then, and the pictures
+        run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), env=environment)
     say("done")
 
 

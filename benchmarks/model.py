@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from pathlib import Path
 
+import arguments
 import ours
 import rivals
 import torch
@@ -49,17 +49,17 @@ def packed_model(model, recipe: str):
     return model
 
 
-def main(arguments=None) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
-    parser.add_argument("--prefill", type=int, default=512, help="tokens")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens before those that are decoded")
-    parser.add_argument("--decode", type=int, default=16, help="tokens")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON lines to append to")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--recipes", type=arguments.recipe, nargs="*", default=RECIPES)
+    parser.add_argument("--threads", type=arguments.count, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--prefill", type=arguments.count, default=512, help="tokens")
+    parser.add_argument("--prompt", type=arguments.count, default=64, help="tokens before those that are decoded")
+    parser.add_argument("--decode", type=arguments.count, default=16, help="tokens")
+    parser.add_argument("--repeats", type=arguments.count, default=3)
+    parser.add_argument("--out", type=arguments.result_file, help="JSON lines to append to")
+    options = parser.parse_args(argv)
     record = recorder(options.out, lambda row: f"{row['model']:20} {row['name']:14} t={row['threads']} "
                       f"decode {row['decode']:8.2f} tokens/s, prefill {row['prefill']:8.1f} tokens/s")  # fmt: skip
     for name in options.models:

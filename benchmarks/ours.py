@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from bench import Contender, copies_for
 from operands import Product, Weight, require_shape
+from shared_cases import random_packed
 
 from llmfp4_kernels import FP4Linear, reference, registry
 from llmfp4_kernels.errors import NoKernel
@@ -45,8 +46,12 @@ def _quantized(rows: int, k: int, name: str) -> PackedFP4:
 def packed_weight(weight: Weight, recipe: str) -> tuple[PackedFP4, PackedFP4]:
     """(the PROBE rows, all rows) quantized by a recipe."""
     probe = _quantized(len(weight.probe), weight.k, recipe)
+    return probe, _all_rows(weight, probe)
+
+
+def _all_rows(weight: Weight, probe: PackedFP4) -> PackedFP4:
     parts = {name: getattr(probe, name) for name in ("codes", "row_scale", "group_scale")}
-    return probe, dataclasses.replace(probe, **{n: weight.repeat(t) for n, t in parts.items() if t is not None})
+    return dataclasses.replace(probe, **{n: weight.repeat(t) for n, t in parts.items() if t is not None})
 
 
 class Bits:
@@ -70,15 +75,25 @@ class Bits:
             )
 
 
-def _check(name: str, weight: Weight, probe: PackedFP4, dtype: torch.dtype):
+def random_codes(weight: Weight, recipe: str) -> tuple[PackedFP4, PackedFP4]:
+    """As `packed_weight`, without a search: random codes, scales, shifts and factors, which take a kernel as long."""
+    rows, form = len(weight.probe), Problem.of_recipe(recipe_named(recipe), 1, weight.n, weight.k)
+    static = form.activation if form.dynamic is None else None
+    probe = random_packed(rows, weight.k, form.element, static, form.shift, form.scale, form.group_size)
+    factor = 0.5 + torch.rand(weight.k, generator=torch.Generator().manual_seed(1)) if form.x_factor else None
+    probe = dataclasses.replace(probe, activation=form.activation, dynamic=form.dynamic, x_factor=factor, recipe=recipe)
+    return probe, _all_rows(weight, probe)
+
+
+def _check(name: str, weight: Weight, probe: PackedFP4, dtype: torch.dtype, sums: float):
     """Exact integer products by their bits, others within the bound of fp32 sums and of the result's rounding."""
     if probe.integer:
         return Bits(name, weight, probe)
     result = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     if probe.activation is None:
-        return Product(name, weight, reference.dequantize(probe, torch.float64), SUMS, result=result)
+        return Product(name, weight, reference.dequantize(probe, torch.float64), sums, result=result)
     rounded = lambda x: reference.round_activation(x, probe)  # noqa: E731
-    return Product(name, weight, reference.stored_weight(probe), SUMS, rounded, result)
+    return Product(name, weight, reference.stored_weight(probe), sums, rounded, result)
 
 
 def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = None, warm: bool = False) -> Contender:
@@ -86,9 +101,20 @@ def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = N
 
     Raises NoKernel where the forced kernel refuses.
     """
-    probe, packed = packed_weight(weight, recipe)
+    return _contender(weight, recipe, packed_weight(weight, recipe), dtype, forced, warm, "cpu", SUMS)
+
+
+def fp4_on_gpu(weight: Weight, recipe: str, dtype: str = "bf16", forced: str | None = None) -> Contender:
+    """The same on a GPU with random codes. Tensor cores drop bits of a sum below 2^-21 of it, once in 16 inputs."""
+    sums = SUMS + (weight.k / 16 + 8) * 2**-21
+    return _contender(weight, recipe, random_codes(weight, recipe), dtype, forced, False, "cuda", sums)
+
+
+def _contender(weight, recipe, probe_and_packed, dtype, forced, warm, device, sums) -> Contender:
+    probe, packed = probe_and_packed
     name = recipe + (f" {dtype}" if dtype != "fp32" else "") + (f" [{forced}]" if forced else "")
-    calls = [FP4Linear.from_packed(packed.to("cpu")).multiplier() for _ in range(copies_for(packed.nbytes, warm))]
+    copies = copies_for(packed.nbytes, warm, device)
+    calls = [FP4Linear.from_packed(packed.to(device)).multiplier() for _ in range(copies)]
 
     def kernel(m: int) -> str:
         before = os.environ.pop(registry.FORCE, None)
@@ -102,5 +128,5 @@ def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = N
                 os.environ[registry.FORCE] = before
 
     unit = "int8" if Problem.of(probe, 1, torch.float32).grouped or probe.integer else "float"
-    check = _check(name, weight, probe, DTYPES[dtype])
-    return Contender(name, calls, check, DTYPES[dtype], packed.nbytes, unit, kernel=kernel)
+    check = _check(name, weight, probe, DTYPES[dtype], sums)
+    return Contender(name, calls, check, DTYPES[dtype], packed.nbytes, unit, device=device, kernel=kernel)

@@ -1,6 +1,7 @@
 """Pictures of gemm.py's result files: throughput against m under the roofline, and speed against error.
 
-python benchmarks/plot.py [results/gemm.jsonl] writes gemm-NxK-Tt.png beside it for every shape and thread count.
+python benchmarks/plot.py [results/gemm.jsonl [NxK ...]] writes gemm-NxK-Tt.png beside it for these shapes, or all, and
+every thread count.
 """
 
 from __future__ import annotations
@@ -91,8 +92,12 @@ def main() -> int:
     rows = [row for row in lines_of(file) if "roofline_seconds" in row]
     if not rows:
         sys.exit(f"{file} has no rows of gemm.py --out")
-    for key, found in problems(rows).items():
-        print(f"wrote {draw(key, found, file.parent)}")
+    shapes, found = sys.argv[2:], problems(rows)
+    wanted = {key: rows for key, rows in found.items() if not shapes or f"{key[0]}x{key[1]}" in shapes}
+    if not wanted:
+        sys.exit(f"{file} has no rows of {', '.join(shapes)}")
+    for key, rows in wanted.items():
+        print(f"wrote {draw(key, rows, file.parent)}")
     return 0
 
 

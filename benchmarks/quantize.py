@@ -9,12 +9,11 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import arguments
 import ggml
 import torch
 from bench import Contender, compare
-from gemm import shape
 from operands import GROUP
 from result_file import recorder
 from rivals import dequantize_int4, quantize_int4
@@ -71,15 +70,15 @@ def line(row: dict) -> str:
     return f"{row['name']:28} {shape} {row['mega_weights']:8.2f} M weights/s, error {row['error']:.4f}"
 
 
-def main(arguments=None) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[(1024, 1024)], metavar="NxK")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--tokens", type=int, default=512, help="of calibration")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON lines to append to")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=[(1024, 1024)], metavar="NxK")
+    parser.add_argument("--threads", type=arguments.count, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--recipes", type=arguments.recipe, nargs="*", default=RECIPES)
+    parser.add_argument("--tokens", type=arguments.count, default=512, help="of calibration")
+    parser.add_argument("--rounds", type=arguments.rounds, default=3)
+    parser.add_argument("--out", type=arguments.result_file, help="JSON lines to append to")
+    options = parser.parse_args(argv)
     record = recorder(options.out, line)
     for n, k in options.shapes:
         makers = {recipe: functools.partial(ours, recipe, k, options.tokens) for recipe in options.recipes}

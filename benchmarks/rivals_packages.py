@@ -29,20 +29,22 @@ def quiet_import(name: str):
         logging.disable(logging.NOTSET)
 
 
-def bitsandbytes(weight: Weight, kind: str, warm: bool = False) -> Contender:
+def bitsandbytes(weight: Weight, kind: str, warm: bool = False, device: str = "cpu") -> Contender:
     """bitsandbytes' Linear4bit ("fp4" or "nf4"), bf16 activations, blocks of 64."""
     bnb = quiet_import("bitsandbytes")
     name = f"bitsandbytes {kind.upper()}"
     needs(name, weight, 32, 64)
-    probe, state = bnb.functional.quantize_4bit(weight.probe.bfloat16(), blocksize=64, quant_type=kind)
-    dense = bnb.functional.dequantize_4bit(probe, state)
+    rows = weight.probe.to(device, torch.bfloat16)
+    probe, state = bnb.functional.quantize_4bit(rows, blocksize=64, quant_type=kind)
+    dense = bnb.functional.dequantize_4bit(probe, state).cpu()
     layer = bnb.nn.Linear4bit(weight.k, weight.n, bias=False, compute_dtype=torch.bfloat16, quant_type=kind,
                               compress_statistics=False)  # fmt: skip
     layer.weight = bnb.nn.Params4bit(weight.dense.bfloat16(), quant_type=kind, blocksize=64, compress_statistics=False)
-    layer = layer.to("cpu").eval().requires_grad_(False)
+    layer = layer.to(device).eval().requires_grad_(False)
     size = weight.n * weight.k // 2 + weight.n * weight.k // 64 * 4
-    calls = [copy.deepcopy(layer) for _ in range(copies_for(size, warm))]
-    return Contender(name, calls, Product(name, weight, dense, 2**-6), torch.bfloat16, size, "bf16")
+    calls = [copy.deepcopy(layer) for _ in range(copies_for(size, warm, device))]
+    check = Product(name, weight, dense, 2**-6)
+    return Contender(name, calls, check, torch.bfloat16, size, "bf16", device=device)
 
 
 def torchao_int4(weight: Weight, warm: bool = False) -> Contender:

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
 
-from cases import LINEAR_SHAPES, random_x
+from cases import LINEAR_SHAPES, random_packed, random_x
 
-__all__ = ["LINEAR_SHAPES", "random_x"]
+__all__ = ["LINEAR_SHAPES", "random_packed", "random_x"]

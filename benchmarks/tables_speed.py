@@ -75,8 +75,9 @@ def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
 def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     """Ours against the fastest of each kind of rival, with what part of the roofline they reach."""
     lines = [
-        f"{_about(key, rows)}: our kernels, their share of the roofline and (m = 1) of the bandwidth of reading in "
-        "the same run, and how many times faster they are than the fastest of each kind, median of pairs.",
+        f"{_about(key, rows)}: our kernels, their median time with its interquartile range, their share of the "
+        "roofline and (m = 1) of the bandwidth of reading in the same run, and how many times faster they are than the "
+        "fastest of each kind, median of pairs.",
         "",
         "| recipe | m | kernel | µs | roofline | bandwidth | " + " | ".join(REFERENCES) + " |",
         "|---" * (len(REFERENCES) + 6) + "|",
@@ -86,8 +87,8 @@ def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
             ratios = [_cell(faster(row, rows, among), 2) for among in REFERENCES.values()]
             share = f"{row['gbps'] / row['read_gbps']:.0%}" if row["m"] == 1 else "–"
             lines.append(
-                f"| {row['name']} | {row['m']} | {row['kernel'].removeprefix('cpu.')} | {row['seconds'] * 1e6:,.0f} | "
-                f"{row['roofline']:.0%} | {share} | " + " | ".join(ratios) + " |"
+                f"| {row['name']} | {row['m']} | {row['kernel'].removeprefix('cpu.')} | {row['seconds'] * 1e6:,.0f} "
+                f"± {row['spread']:.0%} | {row['roofline']:.0%} | {share} | " + " | ".join(ratios) + " |"
             )
     return lines
 

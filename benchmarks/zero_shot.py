@@ -25,7 +25,7 @@ from tables import FULL, zero_shot_table
 from llmfp4_kernels.errors import BadInput, LLMFP4Error
 from llmfp4_kernels.formats import recipe as recipe_named
 
-RECIPES = ("llm-fp4", "llm-fp4-a8", "gptq-fp4-a4")
+RECIPES = ("llm-fp4", "llm-fp4-a8", "gptq-fp4-a4", "gptq-fp4-a8")
 SECTION = "zero_shot"
 REQUIREMENTS = "benchmarks/requirements-zero-shot.txt"
 
@@ -98,7 +98,7 @@ def run(subject: subjects.Subject, recipes: list[str], folder: Path, names: list
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="RECIPE")
-    parser.add_argument("--limit", type=int, default=150, help="documents per task, drawn by a fixed seed")
+    parser.add_argument("--limit", type=int, default=300, help="documents per task, drawn by a fixed seed")
     parser.add_argument("--build", type=Path, default=subjects.BUILD, help="downloads and quantized models")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results" / "zero_shot.json")
     args = parser.parse_args(argv)

@@ -33,8 +33,11 @@ public:
         cuda::require_aligned("input factors", a_.x_factor, 16);
     }
 
-    // Activations stay floats, times x_factor [padded k].
-    void scale_activations(uintptr_t x_factor) { a_.x_factor = pointer<float>(x_factor); }
+    // Activations stay floats, times x_factor [padded k]. `shift` is given where that is 2^-shift and nothing else.
+    void scale_activations(uintptr_t x_factor, uintptr_t shift) {
+        a_.x_factor = pointer<float>(x_factor), a_.shift = pointer<uint8_t>(shift);
+        cuda::require_aligned("shifts", a_.shift, 16);
+    }
 
     cuda::Plan plan(const std::string& kernel, int m, int dtype, int multiprocessors) const {
         return cuda::family_named(kernel).plan(w_, a_, m, cuda::Dtype(dtype), multiprocessors);
@@ -81,7 +84,7 @@ void bind_cuda(py::module_& m) {
              py::arg("bias") = 0, py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0)
         .def("quantize_activations", &CudaLinear::quantize_activations, py::arg("element"), py::arg("x_scale"),
              py::arg("group_size") = 0, py::arg("shift") = 0, py::arg("x_factor") = 0)
-        .def("scale_activations", &CudaLinear::scale_activations, py::arg("x_factor"))
+        .def("scale_activations", &CudaLinear::scale_activations, py::arg("x_factor"), py::arg("shift") = 0)
         .def("plan", &CudaLinear::plan)
         .def("run", &CudaLinear::run);
     // A cuda::Launcher by address, 0 for the CUDA runtime's; returns the address of the one before.

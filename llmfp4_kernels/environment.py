@@ -14,7 +14,7 @@ from . import formats, native, registry
 from .problem import Problem
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
-PACKAGES = ("llmfp4_kernels", "torch", "transformers", "safetensors", "gguf")
+PACKAGES = ("llmfp4_kernels", "torch", "transformers", "safetensors", "gguf", "triton")
 
 
 def _proc(path: str, key: str) -> str:

@@ -177,7 +177,7 @@ def int8_planes(activation: Element | None, dynamic: Dynamic | None, shift: bool
     if activation is None:
         return 0
     if dynamic is not None:
-        return int(dynamic.integer and dynamic.largest_integer(activation) <= INT8_MAX)
+        return int(dynamic.integer and 0 < dynamic.largest_integer(activation) <= INT8_MAX)
     if activation.max_integer << (activation.max_shift if shift else 0) <= INT8_MAX:
         return 1
     return 2 if activation.bits == 4 else 0

@@ -9,13 +9,14 @@ import threading
 import torch
 from torch import nn
 
-from . import layout, reference
+from . import layout, reference, registry
 from .errors import BadInput, NoKernel
 from .formats import Element, Recipe
 from .formats import element as element_named
 from .formats import recipe as recipe_named
 from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of
 from .packed import PackedFP4, codes_shape, describe_dynamic
+from .problem import Problem
 
 _shuffling = threading.Lock()
 
@@ -219,19 +220,20 @@ class FP4Linear(FP4Module, nn.Linear):
         return None if self.bias is None or self.bias.requires_grad else self.bias
 
     def multiplier(self) -> Multiplier:
-        """The kernel side of this layer. The first call on a device puts the codes into its kernels' layout.
+        """The kernel side of this layer. The first call on a device puts the codes into the layout of its kernel for
+        one row.
 
         Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
         """
         current = self._current
         if current is None or not current.holds(self._parameters.values()):
             with _shuffling:  # two threads may meet at a layer's first call
-                wanted = layout.PREFERRED.get(self.codes.device.type)
-                if wanted and layout.LAYOUT_OF_NDIM[self.codes.ndim] != wanted and not hasattr(self, "_hf_hook"):
-                    codes = self.codes.detach()
-                    self.codes.data = layout.convert_codes(codes, self.out_features, self.in_features, wanted)
-                *tensors, spec = self.op_arguments()
-                made = Multiplier(packed_of(*tensors, spec), self._fused_bias())
+                packed = packed_of(*self.op_arguments())
+                wanted = registry.layout_for(Problem.of(packed, 1, torch.float32))
+                if packed.layout != wanted and not hasattr(self, "_hf_hook"):
+                    self.codes.data = layout.convert_codes(self.codes.detach(), *packed.shape, wanted)
+                    packed = packed_of(*self.op_arguments())
+                made = Multiplier(packed, self._fused_bias())
                 current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
         return current.multiplier
 
@@ -240,14 +242,16 @@ class FP4Linear(FP4Module, nn.Linear):
         return self.multiplier().choose(m, dtype)[0].name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() or needs_dispatcher(x, self.codes):
+        compiling, bias = torch.compiler.is_compiling(), self._parameters.get("bias")
+        if (compiling or torch._C._is_any_autocast_enabled()) and not x.is_meta:
+            kind = x.device.type
+            x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if compiling or needs_dispatcher(x, self._parameters["codes"]):
             *tensors, spec = self.op_arguments()
             y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec)
         else:
             y = self.multiplier()(x)
-        return y if self._fused_bias() is self.bias else y + self.bias.to(y.dtype)
+        return y if bias is None or not bias.requires_grad else y + bias.to(y.dtype)
 
     def reset_parameters(self):
         """Nothing to initialise: a fresh layer is all zeros until a checkpoint or a PackedFP4 fills it."""

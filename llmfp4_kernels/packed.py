@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .errors import BadFile, BadInput
-from .formats import FP4_ELEMENTS, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
+from .formats import FP4_ELEMENTS, INT8_MAX, INTEGER, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
 from .formats import element as element_named
 
 FORMAT, VERSION = "llmfp4", 1
@@ -31,10 +31,20 @@ def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :k]
 
 
+def padded_inputs(k: int) -> int:
+    """Inputs of the layouts under kernels: a multiple of 64."""
+    return -(-k // 64) * 64
+
+
 def codes_shape(n: int, k: int, layout: str) -> list[int]:
-    """Shape of the codes of an [n, k] weight in a layout of layout.py: "row", or padded "tiled" and "units"."""
-    strips, units = -(-n // 16), -(-k // 64)
-    return {"row": [n, (k + 1) // 2], "tiled": [strips, units * 8, 64], "units": [strips, units, 32, 16]}[layout]
+    """Shape of the codes of an [n, k] weight in a layout of layout.py: "row", or padded "tiled", "units", "pairs"."""
+    strips, units = -(-n // 16), padded_inputs(k) // 64
+    return {
+        "row": [n, (k + 1) // 2],
+        "tiled": [strips, units * 8, 64],
+        "units": [strips, units, 32, 16],
+        "pairs": [-(-n // 2) * padded_inputs(k)],
+    }[layout]
 
 
 def describe_dynamic(dynamic: Dynamic | None) -> dict | None:
@@ -59,7 +69,7 @@ class PackedFP4:
     """A weight [n, k] with 4 bits per value, and what the activations that meet it look like.
 
     codes        uint8 [n, ceil(k/2)]   two codes a byte, row order, even k in the low nibble; or, under a kernel,
-                                        the tiles or units of `layout.py` (layout = "tiled", "units")
+                                        a layout of `layout.py` ("tiled", "units", "pairs")
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None
@@ -113,6 +123,9 @@ class PackedFP4:
             )
         if self.dynamic is not None and (self.x_scale is not None or self.shift is not None):
             raise BadInput("dynamic activation scales exclude a static x_scale and a shift")
+        if self.dynamic is not None and self.dynamic.group_scale == INTEGER and not self.activation.max_factor:
+            name, units = self.activation.name, self.activation.max_integer
+            raise BadInput(f"integer groups need an element of at most {INT8_MAX} units, {name} has {units}")
         if self.x_scale is not None:
             self._check("x_scale", torch.float32, [])
             if not (self.x_scale.isfinite() and self.x_scale > 0):

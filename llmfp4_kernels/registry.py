@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from .backends import cpu, cuda, reference, rounded
+from .backends import cpu, cuda, cuda_options, reference, rounded, triton
 from .errors import NoKernel
 from .problem import Kernel, Problem
 
@@ -14,12 +14,22 @@ FORCE = "LLMFP4_KERNEL"
 
 def table() -> tuple[Kernel, ...]:
     """Every kernel, in the order in which they are asked."""
-    return cpu.KERNELS + rounded.KERNELS + cuda.KERNELS + reference.KERNELS
+    return cpu.KERNELS + rounded.KERNELS + cuda.KERNELS + cuda_options.KERNELS + triton.KERNELS + reference.KERNELS
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
     """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names another."""
     return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
+
+
+def layout_for(problem: Problem) -> str:
+    """The layout that the kernel of a problem reads; where the forced kernel refuses, the first one's that does not.
+
+    Raises NoKernel if all refuse.
+    """
+    taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
+    forced = [kernel for kernel in taken if kernel.name == os.environ.get(FORCE)]
+    return (forced or taken or [choose(problem)])[0].layout
 
 
 def choose(problem: Problem) -> Kernel:

@@ -7,13 +7,26 @@ import re
 from cuda_on_cpu import CSRC, headers_key
 from ptx import build
 
-INSTANCES = {  # name of the launch → its body
-    "quantize_activations": ("Quantize", "quantize_token(p)"),
-    "gemv_int8_8": ("Gemv<Int8>", "gemv_block<Int8, false, 1>(p)"),
-    "gemm_sm80_int8_64x32": ("Gemm<Int8>", "gemm_block<Int8, false, 1, 4>(p)"),
-    "gemm_sm80_f16_grouped_64x32": ("Gemm<Halves<F16>>", "gemm_block<Halves<F16>, true, 1, 4>(p)"),
+INSTANCES = {  # name of the launch → the registry row that launches it, its parameters and body
+    "quantize_activations": ("cuda.gemv", "Quantize", "quantize_token(p)"),
+    "gemv_int8_8": ("cuda.gemv", "Gemv<Int8>", "gemv_block<Int8, false, 1>(p)"),
+    "gemm_sm80_int8_64x32": ("cuda.sm80", "Gemm<Int8>", "gemm_block<Int8, false, 1, 4>(p)"),
+    "gemm_sm80_f16_grouped_64x32": ("cuda.sm80", "Gemm<Halves<F16>>", "gemm_block<Halves<F16>, true, 1, 4>(p)"),
+    "gemv_int8_shifted_8": ("cuda.gemv-weight-shift", "Gemv<ShiftedInt8>", "gemv_block<ShiftedInt8, false, 1>(p)"),
+    "gemm_sm80_int8_shifted_64x32": (
+        "cuda.sm80-weight-shift",
+        "Gemm<ShiftedInt8>",
+        "gemm_block<ShiftedInt8, false, 1, 4>(p)",
+    ),
+    "gemm_sm80_bf16_shifted_64x32": (
+        "cuda.sm80-weight-shift",
+        "Gemm<ShiftedBf16>",
+        "gemm_block<ShiftedBf16, false, 1, 4>(p)",
+    ),
+    "gemm_sm80_int8_packed_64x32": ("cuda.sm80-packed", "Gemm<PackedInt8>", "gemm_block<PackedInt8, false, 1, 4>(p)"),
+    "gemm_sm80_int8_grouped_64x32": ("cuda.sm80", "Gemm<GroupedInt8>", "gemm_block<GroupedInt8, true, 1, 4>(p)"),
 }
-QUANTIZE, GEMV, GEMM, GROUPED = INSTANCES
+QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, BF16_SHIFTED, PACKED, INT8_GROUPED = INSTANCES
 WRONG = "wrong values"
 MUTANTS = [
     (GEMM, "gemm_sm80.h", "waits for one group too few", "<gemm_stages - 2>", "<gemm_stages - 1>", "MissingWait"),
@@ -69,9 +82,42 @@ MUTANTS = [
     (QUANTIZE, "quantize.h", "inputs past the row", "if (k0 + i < q.k)", "if (true)", "OutOfBounds wrong values"),
     (QUANTIZE, "quantize.h", "lanes of a group do not meet", "lanes < q.group_size / chunk_k", "lanes < 1", WRONG),
     (QUANTIZE, "quantize.h", "a shuffle in part of a warp", "quantize_best(q, v);", "if (k0 < q.padded_k) quantize_best(q, v);", "DivergentWarp"),
-    (QUANTIZE, "quantize.h", "planes of two tokens meet", "token * q.planes + 1", "token + 1", "Race wrong values"),
+    (QUANTIZE, "store.h", "planes of two tokens meet", "token * q.planes + 1", "token + 1", "Race wrong values"),
     (QUANTIZE, "quantize.h", "integers past the row", "if (k0 < q.padded_k) {\n            if (special)", "{\n            if (special)", "OutOfBounds Race"),
     (QUANTIZE, "quantize.h", "shifts of other inputs", "(8 * (i % 4)) & 0xffu", "(8 * (3 - i % 4)) & 0xffu", WRONG),
+    (QUANTIZE, "store.h", "words stay in the order of rows", "if (q.form == Form::integers) {", "if (true) {", WRONG),
+    (QUANTIZE, "store.h", "words of two groups swapped", "words[4] = bytes.y, words[8]", "words[8] = bytes.y, words[4]", WRONG),
+    (QUANTIZE, "store.h", "signs of the other four codes", "(half ? 3 : 7)", "(half ? 7 : 3)", WRONG),
+    (QUANTIZE, "store.h", "codes a binade too low", "mantissa_shift) + one;", "mantissa_shift);", WRONG),
+    (QUANTIZE, "store.h", "codes take a byte each", "q.padded_k + k0) / 2)", "q.padded_k + k0))", "OutOfBounds Race"),
+    (GEMV_SHIFTED, "gemv.h", "shifts a unit late", "ahead[i], shifts[i % 2]", "ahead[i], shifts[(i + 1) % 2]", WRONG),
+    (GEMV_SHIFTED, "gemv.h", "shifts of another lane", "unit * unit_k + 16 * t);", "unit * unit_k + 16 * (t ^ 1));", WRONG),
+    (GEMV_SHIFTED, "gemv.h", "shifts beyond the slice", "p.shift && unit < share.end", "p.shift", "OutOfBounds"),
+    (SHIFTED, "decode_shift.h", "shifts of other inputs", "codes.y, t, shifts.y", "codes.y, t, shifts.x", WRONG),
+    (SHIFTED, "decode_shift.h", "powers that fall as shifts rise", "e = t.top - shifts", "e = shifts", WRONG),
+    (SHIFTED, "decode_shift.h", "four times is twice", "magnitudes + 3 * (", "magnitudes + (", WRONG),
+    (SHIFTED, "decode_shift.h", "a bit of the shift is read twice", "sign_masks(e << 6)", "sign_masks(e << 7)", WRONG),
+    (SHIFTED, "decode_shift.h", "negative bytes borrow", "(0x80808080u - v) ^ 0x80808080u", "0u - v", WRONG),
+    (SHIFTED, "decode_shift.h", "signs of outputs g for g + 8", "sign_masks(word << 4)", "sign_masks(word)", WRONG),
+    (SHIFTED, "gemm_sm80.h", "shifts of another unit", "p.shift + unit * unit_k", "p.shift + (unit + 1) * unit_k", f"{WRONG} OutOfBounds"),
+    (SHIFTED, "gemm_sm80.h", "shifts of another lane", "(stage + T::shift_at)[t]", "(stage + T::shift_at)[g % 4]", WRONG),
+    (SHIFTED, "gemm_sm80.h", "shifts and x in one place", "return shift_at + shift_bytes + row", "return shift_at + row", f"{WRONG} Race MissingWait"),
+    (SHIFTED, "gemm_sm80.h", "the end of k is not tested", "unit < end && p.shift;", "p.shift != nullptr;", "OutOfBounds"),
+    (BF16_SHIFTED, "decode_shift.h", "powers of a pair swapped", "i < 2 ? 0x4140 : 0x4342", "i < 2 ? 0x4041 : 0x4342", WRONG),
+    (BF16_SHIFTED, "decode_shift.h", "powers of the pair before", "i < 2 ? 0x4140 : 0x4342", "0x4140", WRONG),
+    (BF16_SHIFTED, "decode_shift.h", "powers that rise with shifts", "0x3f803f80u - (", "0x3f803f80u + (", WRONG),
+    (PACKED, "decode_shift.h", "words of a row swapped", "Int8::decode(words.x, t.inputs, x.x, x.y)", "Int8::decode(words.x, t.inputs, x.y, x.x)", WRONG),
+    (PACKED, "gemm_sm80.h", "codes of another lane", "piece_at(8 * i + g, 0))[t]", "piece_at(8 * i + g, 0))[t ^ 1]", WRONG),
+    (PACKED, "gemm_sm80.h", "rows past the tile", "if (r >= T::rows) break;", "", f"{WRONG} OutOfBounds Race MissingWait"),
+    (INT8_GROUPED, "decode_grouped.h", "lanes keep their group", "weights(transposed(codes), t.codes)", "weights(codes, t.codes)", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "words of the wrong neighbour", "(upper ? w0 : w2, 2)", "(upper ? w0 : w2, 1)", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "scales of g and g + 8 swapped", "e / 2 ? high[j] : low[j]", "e / 2 ? low[j] : high[j]", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "one scale for the quad's groups", "from_quad_lane(mine[0], j)", "from_quad_lane(mine[0], 0)", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "groups of 32 are added as 64", "if (group_shift == 1) add_group(d, sum, 0);", "", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "a sum goes on in the next group", "            sum[e] = start;\n", "", WRONG),
+    (INT8_GROUPED, "decode_grouped.h", "a scale of other bits", "(byte & 0x7fu) << 20", "(byte & 0x7fu) << 19", WRONG),
+    (INT8_GROUPED, "device.h", "half a product's operands swapped", '"r"(a0), "r"(a1), "r"(b)', '"r"(a1), "r"(a0), "r"(b)', WRONG),
+    (INT8_GROUPED, "epilogue.h", "scales of tokens are left out", "if (out.x_scale) whole", "if (false) whole", WRONG),
 ]  # fmt: skip
 HEADERS = [
     CSRC / name
@@ -86,7 +132,10 @@ HEADERS = [
         "cuda/device.h",
         "cuda/blocks.h",
         "cuda/decode.h",
+        "cuda/decode_grouped.h",
+        "cuda/decode_shift.h",
         "cuda/epilogue.h",
+        "cuda/store.h",
         "cuda/quantize.h",
         "cuda/gemv.h",
         "cuda/gemm_sm80.h",
@@ -114,7 +163,7 @@ def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=HEADERS) -> 
     parts = [INCLUDES, CUDA_INCLUDES]
     for i in numbers:
         kernel, file, _, old, new, _ = mutants[i]
-        parameters, body = instances[kernel]
+        _, parameters, body = instances[kernel]
         # Shared memory is declared per kernel; host functions of all mutants live in namespaces of their own.
         parts.append(f"namespace n{i} {{\n{mutated(file, old, new, headers)}\n}}")
         spaces = f"using namespace n{i}::llmfp4; using namespace n{i}::llmfp4::cuda;"

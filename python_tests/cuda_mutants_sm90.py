@@ -6,13 +6,13 @@ from cuda_mutants import HEADERS as COMMON
 from cuda_mutants import WRONG
 from cuda_on_cpu import CSRC
 
-INSTANCES = {  # name of the launch → its body
-    "quantize_activations": ("Quantize", "quantize_token(p)"),
-    "gemm_sm90_int8_32": ("GemmSm90<Int8>", "gemm_sm90_block<Int8, false, 4>(p)"),
-    "gemm_sm90_int8_128": ("GemmSm90<Int8>", "gemm_sm90_block<Int8, false, 16>(p)"),
-    "split_activations": ("Split", "split_token(p)"),
-    "gemm_sm90_fp8_32": ("GemmSm90<Fp8>", "gemm_sm90_block<Fp8, false, 4>(p)"),
-    "gemm_sm90_f16_grouped_32": ("GemmSm90<Halves<F16>>", "gemm_sm90_block<Halves<F16>, true, 4>(p)"),
+INSTANCES = {  # as cuda_mutants.py
+    "quantize_activations": ("cuda.sm90", "Quantize", "quantize_token(p)"),
+    "gemm_sm90_int8_32": ("cuda.sm90", "GemmSm90<Int8>", "gemm_sm90_block<Int8, false, 4>(p)"),
+    "gemm_sm90_int8_128": ("cuda.sm90", "GemmSm90<Int8>", "gemm_sm90_block<Int8, false, 16>(p)"),
+    "split_activations": ("cuda.sm90", "Split", "split_token(p)"),
+    "gemm_sm90_fp8_32": ("cuda.sm90", "GemmSm90<Fp8>", "gemm_sm90_block<Fp8, false, 4>(p)"),
+    "gemm_sm90_f16_grouped_32": ("cuda.sm90", "GemmSm90<Halves<F16>>", "gemm_sm90_block<Halves<F16>, true, 4>(p)"),
 }
 QUANTIZE, GEMM, WIDE, SPLIT, FP8, GROUPED = INSTANCES
 ARRIVE = "        if (lane == 0) arrive(&share.empty[i % T::stages]);\n"
@@ -56,7 +56,7 @@ MUTANTS = [
     (QUANTIZE, "blocks.h", "rows of a block are too close", "row % block_rows * 16", "row % block_rows * 8", f"{WRONG} Race"),
     (QUANTIZE, "blocks.h", "units meet", "(unit * (rows / block_rows) + row / block_rows)", "(unit + row / block_rows)", f"{WRONG} Race"),
     (QUANTIZE, "blocks.h", "lanes swapped", "k0 % unit_k / 16 * 4", "(3 - k0 % unit_k / 16) * 4", WRONG),
-    (QUANTIZE, "quantize.h", "blocks swapped", "word[block_words] = bytes.y, word[2 * block_words] = bytes.z", "word[block_words] = bytes.z, word[2 * block_words] = bytes.y", WRONG),
+    (QUANTIZE, "store.h", "blocks swapped", "word[block_words] = bytes.y, word[2 * block_words] = bytes.z", "word[block_words] = bytes.z, word[2 * block_words] = bytes.y", WRONG),
     (SPLIT, "split.h", "pairs of inputs in one block", " + i % 16 / 2 * block_bytes", "", f"{WRONG} Race"),
     (SPLIT, "split.h", "inputs of a pair swapped", "[i % 2];", "[1 - i % 2];", WRONG),
     (SPLIT, "blocks.h", "rows of a block are too close", "row % block_rows * 16", "row % block_rows * 8", f"{WRONG} Race"),

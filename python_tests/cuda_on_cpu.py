@@ -80,6 +80,9 @@ class CpuMachine:
     def queue(self, device):
         return cuda.Queue(0, self.multiprocessors, self._capability >= (9, 0), 0)
 
+    def capturing(self):
+        return False
+
     def on(self, device):
         return contextlib.nullcontext()
 
@@ -148,7 +151,9 @@ class OnCpu:
         x = self.x if whole else next(t for t in reversed(made) if t.shape == self.x.shape and t is not y)
         first = name.endswith("activations")
         known = [(t, n, In) for n, t in self.prepared.tensors.items()] + [(x, "x", In)]
-        known += [(c, "counters", None) for known in cuda._counters.values() for c in known]
+        counters = [c for known in cuda._counters.values() for c in known]
+        counters += [t for t in made if t.dtype == torch.int32 and t.ndim == 1 and all(t is not c for c in counters)]
+        known += [(c, "counters", None) for c in counters]
         if not first:
             known.append((y, "y", Out))
         rows = [(t.data_ptr(), t.numel() * t.element_size(), n, mode) for t, n, mode in known]

@@ -100,3 +100,20 @@ def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise ImportError('is not imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert ggml.folder() == package / "lib"
+
+
+@pytest.mark.parametrize("option, wrong, sentence", [
+    ("--rounds", "1", "'1' is no whole number of at least 2"),
+    ("--m", "0", "'0' is no whole number of at least 1"),
+    ("--threads", "-1", "'-1' is no whole number"),
+    ("--budget", "nan", "'nan' is no number of seconds"),
+    ("--shapes", "12", "'12' is no shape NxK"),
+    ("--shapes", "12x0", "'0' is no whole number"),
+    ("--schemes", "llm-fp4:bf17", "ends in none of :fp32, :bf16, :fp16"),
+    ("--schemes", "fp4", "unknown recipe 'fp4'"),
+    ("--out", "/proc/none/gemm.jsonl", "cannot be written"),
+])  # fmt: skip
+def test_a_wrong_option_is_a_sentence(option, wrong, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gemm.main([option, wrong])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err

@@ -170,4 +170,4 @@ def test_overflow_of_fp16_outputs_is_infinite(programs):
 
 def test_refusals():
     problem = Problem(1, 64, 64, E2M1, None, E4M3, 24, device="cuda")
-    assert cuda._refusal_of_floats(problem).startswith("groups of 24 inputs")
+    assert cuda._refusal_of_groups(problem).startswith("groups of 24 inputs")

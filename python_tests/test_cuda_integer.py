@@ -129,6 +129,16 @@ def test_twice_the_same_bits(programs):
     assert all(same_bits(results[0], y) for y in results)
 
 
+def test_counters_made_while_a_graph_is_captured_are_that_graphs(programs):
+    packed, x = random_packed(40, 2100, E2M1, E2M1, True), random_x(5, 2100)
+    with OnCpu(programs, multiprocessors=64) as gpu:
+        for capturing, kept in ((True, 0), (False, 1), (True, 1)):
+            gpu.machine.capturing = lambda capturing=capturing: capturing
+            assert same_bits(gpu.run(cuda.Prepared(packed, None), "cuda.sm80", x), reference.gemm(x, packed))
+            assert gpu.prepared.plans["sm80", 5, 0].splits > 1
+            assert sum(len(known) for known in cuda._counters.values()) == kept
+
+
 def test_refusals_are_sentences(monkeypatch):
     problem = Problem(1, 64, 64, E2M1, E2M1, device="cuda")
     gemv, _, sm80 = cuda.KERNELS

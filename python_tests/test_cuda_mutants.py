@@ -5,14 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import random_packed, random_x, same_bits
-from cuda_mutants import GEMM, GEMV, GROUPED, MUTANTS, QUANTIZE, ptx_of
+from cuda_mutants import BF16_SHIFTED, GEMM, GEMV, GROUPED, INSTANCES, INT8_GROUPED, MUTANTS, QUANTIZE, ptx_of
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import FAULTS, Program, missing
+from test_cuda_float import exact_and_bound
 from test_dynamic import dynamic_packed, wild_x
+from test_grouped import INT8, grouped, rounding
 
 from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends import cuda
-from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, Dynamic
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E8M0, INTEGER, Dynamic
 
 WHY_NOT = missing() or native.problem_with_cuda()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
@@ -30,35 +32,60 @@ def problems(kernel):
     if kernel == GROUPED:
         yield random_packed(100, 1096, E2M1, scale=E4M3, group_size=16), random_x(20, 1096, torch.float16) / 64, None
         return
+    if kernel == BF16_SHIFTED:
+        yield random_packed(100, 1096, E2M1, shift=True), random_x(20, 1096, torch.bfloat16), None
+        return
+    if kernel == INT8_GROUPED:
+        for group in ((E4M3, 16), (E8M0, 32)):
+            yield grouped(100, 1096, E2M1, group, (INT8, Dynamic())), wild_x(20, 1096), torch.randn(100)
+        return
     if kernel == QUANTIZE:
         yield dynamic_packed(20, 330, E2M1, E2M1, Dynamic(32, INTEGER)), wild_x(3, 330, torch.bfloat16), None
         yield random_packed(20, 330, E2M1, E2M1, True), random_x(3, 330), None
         yield random_packed(20, 330, E2M1, E3M0, True), random_x(3, 330), None
+        yield grouped(20, 330, E2M1, (E8M0, 32), (INT8, Dynamic())), wild_x(3, 330), torch.zeros(20)
         return
-    m = 5 if kernel == GEMV else 20
+    m = 5 if kernel.startswith("gemv") else 20
     yield random_packed(70, 2100, E2M1, E2M1, True), random_x(m, 2100, torch.bfloat16), torch.randn(70)
+    if kernel not in (GEMV, GEMM):
+        return
     packed = dynamic_packed(150, 1100, E2M1, E2M1, Dynamic())
     yield packed, wild_x(m, 1100), torch.randn(150)
     yield random_packed(70, 2100, E2M1, E3M0, True), random_x(m // 2, 2100), None
     yield random_packed(70, 130, E2M1, E3M0, True), random_x(m // 2, 130), None  # k is not split
 
 
+def rows(kernel, packed):
+    """What launches the kernel; for quantization also the row that packs its codes."""
+    packs = kernel == QUANTIZE and packed.activation == E2M1 and not packed.dynamic
+    return [INSTANCES[kernel][0], *["cuda.sm80-packed"] * packs]
+
+
+def right(kernel, packed, x, bias, y) -> bool:
+    expected = reference.gemm(x, packed, bias).to(x.dtype)
+    if packed.scale and packed.activation:
+        terms = -(-packed.k // packed.group_size) + 16
+        return bool(((y.double() - expected.double()).abs() <= rounding(x, packed, bias, terms)).all())
+    if kernel == BF16_SHIFTED:
+        exact, bound = exact_and_bound(packed, x, bias)
+        return bool(((y.double() - exact).abs() <= bound).all())
+    if kernel == GROUPED:
+        return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    return same_bits(y, expected)
+
+
 def outcome(kernel, instead, programs):
-    family = "cuda.sm80" if kernel in (GEMM, GROUPED) else "cuda.gemv"
     for packed, x, bias in problems(kernel):
-        expected = reference.gemm(x, packed, bias).to(x.dtype)
-        with OnCpu(programs, multiprocessors=16, limit_s=20, instead=instead) as gpu:
-            y = gpu.run(cuda.Prepared(packed, bias), family, x)
-            assert kernel in gpu.launched
-        if kernel == GROUPED:
-            if not torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+        for row in rows(kernel, packed):
+            with OnCpu(programs, multiprocessors=16, limit_s=20, instead=instead) as gpu:
+                y = gpu.run(cuda.Prepared(packed, bias), row, x)
+                assert kernel in gpu.launched
+            if not right(kernel, packed, x, bias, y):
                 return "wrong values", ""
-        elif not same_bits(y, expected):
-            return "wrong values", ""
     return "right values", ""
 
 
-@pytest.mark.parametrize("kernel", [QUANTIZE, GEMV, GEMM, GROUPED])
+@pytest.mark.parametrize("kernel", list(INSTANCES))
 def test_without_a_bug_the_values_are_right(kernel, programs):
     assert outcome(kernel, {}, programs)[0] == "right values"
 

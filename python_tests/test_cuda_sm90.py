@@ -238,6 +238,9 @@ def test_refusals_and_order(monkeypatch):
     assert choose(dataclasses.replace(problem, m=16)).name == "cuda.gemv"
     assert "int32" in KERNEL.refusal(dataclasses.replace(problem, k=2 * 10**7))
 
+    groups = {"activation": element("e1m6"), "dynamic": Dynamic(), "scale": E4M3, "group_size": 16}
+    grouped = dataclasses.replace(problem, **groups)
+    assert "one scale per row" in KERNEL.refusal(grouped) and choose(grouped).name == "cuda.sm80"
     e4m3 = dataclasses.replace(problem, activation=FP8_ACTIVATION)
     assert choose(e4m3).name == "cuda.sm90" and choose(dataclasses.replace(e4m3, m=1)).name == "cuda.sm90"
     for other in (

@@ -130,6 +130,8 @@ def test_contradictions():
         dataclasses.replace(packed, dynamic=Dynamic())
     with pytest.raises(BadInput, match="belong together"):
         Dynamic(16)
+    with pytest.raises(BadInput, match="at most 127 units, e4m3 has 245760"):
+        dataclasses.replace(packed, activation=FP8, x_scale=None, shift=None, dynamic=Dynamic(16, INTEGER))
     with pytest.raises(BadInput, match="static x_scale"):
         dataclasses.replace(packed, x_factor=torch.ones(8))
     plain = dataclasses.replace(packed, activation=None, x_scale=None, shift=None)

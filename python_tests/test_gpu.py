@@ -6,7 +6,7 @@ from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random
 from test_dynamic import INTEGER_ACTIVATIONS, dynamic_packed, wild_x
 
 from llmfp4_kernels import FP4Linear, native, reference
-from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.backends import cuda, cuda_options
 from llmfp4_kernels.errors import BadInput
 from llmfp4_kernels.formats import E1M2, E2M1, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic, element
 from llmfp4_kernels.problem import Problem
@@ -27,7 +27,7 @@ def runs(packed, x, bias=None):
     """(row's name, y on the CPU) of each row that takes the problem; twice, with the same bits."""
     on_gpu = packed.to("cuda")
     prepared = cuda.Prepared(on_gpu, None if bias is None else bias.cuda())
-    for kernel in cuda.KERNELS:
+    for kernel in cuda.KERNELS + cuda_options.KERNELS:
         if kernel.refusal(Problem.of(on_gpu, len(x), x.dtype)) is None:
             y = prepared.run(kernel, x.cuda()).cpu()
             assert same_bits(prepared.run(kernel, x.cuda()).cpu(), y), f"{kernel.name}: other bits the second time"
@@ -56,17 +56,44 @@ def test_dynamic_integers(activation, dynamic):
 @pytest.mark.parametrize("group", [*GROUP_SCALES, (E8M0, 16)], ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_floats(group, dtype):
+    for i, (m, n, k) in enumerate(SHAPES):
+        element = list(FP4_ELEMENTS.values())[i % 3]
+        check_floats(m, dtype, random_packed(n, k, element, scale=group[0], group_size=group[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shifts_of_floats_on_either_side(dtype):
+    for m, n, k in SHAPES:
+        names = check_floats(m, dtype, random_packed(n, k, E2M1, shift=True))
+        assert ("cuda.sm80-weight-shift" in names) == (dtype != torch.float16)
+
+
+def check_floats(m, dtype, packed) -> list[str]:
     """Tensor cores add with fewer bits than fp32: 2^-21 of Σ|x·w| a step of 16, plus what test_cuda_float allows."""
     from test_cuda_float import exact_and_bound
 
+    (n, k), ran = packed.shape, []
+    x, bias = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1), torch.randn(n)
+    exact, bound = exact_and_bound(packed, x, bias)
+    bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
+    for name, y in runs(packed, x, bias):
+        assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+        ran.append(name)
+    return ran
+
+
+@pytest.mark.parametrize("group", [(E8M0, 32), (E4M3, 16), (E4M3, 128)], ids=lambda g: f"{g[0].name}-{g[1]}")
+def test_groups_of_integers(group):
+    """Only the sum over groups rounds; groups of more than 64 are added in parts of 64, and blocks to each other."""
+    from test_grouped import INT8, grouped, rounding
+
     for i, (m, n, k) in enumerate(SHAPES):
-        weight = list(FP4_ELEMENTS.values())[i % 3]
-        packed, bias = random_packed(n, k, weight, scale=group[0], group_size=group[1]), torch.randn(n)
-        x = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1)
-        exact, bound = exact_and_bound(packed, x, bias)
-        bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
-        for name, y in runs(packed, x, bias):
-            assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+        packed, bias, x = grouped(n, k, E2M1, group, (INT8, Dynamic())), random_x(1, n, seed=5)[0], wild_x(m, k)
+        x, half_ulp = x.to(DTYPES[i % 2]), [0.0, 2.0**-8][i % 2]
+        exact = reference.gemm(x, packed, bias).double()
+        bound = rounding(x, packed, bias, -(-k // min(group[1], 64)) + 64) + half_ulp * exact.abs()
+        names = [name for name, y in runs(packed, x, bias) if ((y.double() - exact).abs() <= bound).all()]
+        assert names == (["cuda.gemv", "cuda.sm80"] if m <= 16 else ["cuda.sm80"]), (m, n, k)
 
 
 def test_e4m3_activations():

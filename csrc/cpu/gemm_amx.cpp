@@ -14,7 +14,8 @@ namespace amx {
 constexpr int step_bytes = 64;  // of k in one tile row
 constexpr int panel_steps =
     16;  // 64 outputs x 1 KiB of k: 64 KiB decoded, second-level cache; sums leave the tiles rarely
-constexpr int amx_panel_tiles = 4, rows_per_block = 256;
+constexpr int amx_panel_tiles = 4;
+constexpr size_t block_bytes = 3 << 19;  // of activations that stay in the second-level cache while all weights pass
 constexpr size_t sums_ld = amx_panel_tiles * tile_n;
 
 // A decoded panel is [tile][step][16 rows][64]: one B tile after the other.
@@ -73,16 +74,21 @@ inline void multiply_panel(const char* a, size_t lda, size_t part_stride, int pa
              });
 }
 
+inline int rows_of_block(size_t row_bytes) {
+    const int rows = int(block_bytes / row_bytes / 32) * 32;
+    return rows < 64 ? 64 : rows > 256 ? 256 : rows;
+}
+
 template <class F>
-inline void for_blocks(const Weights& w, const Call& call, F&& task) {
+inline void for_blocks(const Weights& w, const Call& call, size_t row_bytes, F&& task) {
+    const int rows = rows_of_block(row_bytes);
     const int tiles = int(w.at.tiles_n());
-    const long blocks_m = (call.m + rows_per_block - 1) / rows_per_block,
-               blocks_n = (tiles + amx_panel_tiles - 1) / amx_panel_tiles;
+    const long blocks_m = (call.m + rows - 1) / rows, blocks_n = (tiles + amx_panel_tiles - 1) / amx_panel_tiles;
     parallel_ranges(useful_threads(w, call), blocks_m * blocks_n, [&](long begin, long end) {
         const TileSession session;
         for (long i = begin; i < end; ++i) {
-            const int m0 = int(i % blocks_m) * rows_per_block, tile = int(i / blocks_m) * amx_panel_tiles;
-            task(m0, call.m - m0 < rows_per_block ? call.m - m0 : rows_per_block, tile,
+            const int m0 = int(i / blocks_n) * rows, tile = int(i % blocks_n) * amx_panel_tiles;
+            task(m0, call.m - m0 < rows ? call.m - m0 : rows, tile,
                  tiles - tile < amx_panel_tiles ? tiles - tile : amx_panel_tiles);
         }
     });
@@ -135,7 +141,9 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
+            const uint8_t* at = w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes;
+            prefetch_codes(at);
+            const Tile codes = load_tile(at);
             const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             uint8_t* row = panel + t * panel_stride + c * 4 * step_bytes;
             decode_pair<0, 2>(codes, table, grouped, scale, row);
@@ -167,7 +175,7 @@ inline void float_task(const Weights& w, const Call& call, const PartRows& x, co
 void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
     const amx::IntegerRows x = amx::quantize_rows(w, a, call);
     const amx::IntegerTable table(w.element);
-    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+    amx::for_blocks(w, call, x.ld, [&](int m0, int m, int tile, int tiles) {
         amx::integer_task(w, a, call, x, table, m0, m, tile, tiles);
     });
 }
@@ -177,7 +185,7 @@ void w4a8_grouped_amx(const Weights& w, const Activation& a, const Call& call) {
     const amx::IntegerRows integers = amx::quantize_rows(w, a, call);
     const amx::PartRows x = amx::integers_to_bf16(w, call, integers);
     const amx::FloatTable table = amx::float_table(w.element, float(w.element.integer_scale()));
-    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+    amx::for_blocks(w, call, x.parts * x.ld, [&](int m0, int m, int tile, int tiles) {
         amx::float_task(w, call, x, integers.scale, table, m0, m, tile, tiles);
     });
 }
@@ -185,7 +193,7 @@ void w4a8_grouped_amx(const Weights& w, const Activation& a, const Call& call) {
 void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
     const amx::PartRows x = amx::split_rows(w, x_factor, call);
     const amx::FloatTable table = amx::float_table(w.element);
-    amx::for_blocks(w, call, [&](int m0, int m, int tile, int tiles) {
+    amx::for_blocks(w, call, x.parts * x.ld, [&](int m0, int m, int tile, int tiles) {
         amx::float_task(w, call, x, nullptr, table, m0, m, tile, tiles);
     });
 }

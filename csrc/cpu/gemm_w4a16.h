@@ -128,7 +128,9 @@ inline void decode_float_panel(const Weights& w, const FloatTable& table, int ti
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const Tile codes = load_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
+            const uint8_t* at = w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes;
+            prefetch_codes(at);
+            const Tile codes = load_tile(at);
             const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             float* out = panel + c * tile_k * k_stride + t * tile_n;
             decode_float_column<0>(codes, table, grouped, scale, out, k_stride);

@@ -160,6 +160,7 @@ inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, 
         const uint8_t* codes = w.codes + ((tile + t) * w.at.tiles_k() + kt0) * tile_bytes;
         uint8_t* out = panel + t * tile_stride;
         for (int g = 0; g < k4; g += 2, codes += tile_bytes, out += 2 * tile_bytes) {
+            prefetch_codes(codes);
             const Tile codes_16x8 = load_tile(codes);
             store_bytes(out, decode_low(codes_16x8, table.bytes));
             store_bytes(out + tile_bytes, decode_high(codes_16x8, table.bytes));
@@ -224,7 +225,7 @@ inline void for_panels(int threads, int m, int tiles, int width, F&& task) {
     const long blocks_m = (m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + width - 1) / width;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
         for (long i = begin; i < end; ++i) {
-            const int m0 = int(i % blocks_m) * rows_per_task, tile = int(i / blocks_m) * width;
+            const int m0 = int(i / blocks_n) * rows_per_task, tile = int(i % blocks_n) * width;
             task(m0, m - m0 < rows_per_task ? m - m0 : rows_per_task, tile,
                  tiles - tile < width ? tiles - tile : width);
         }

@@ -13,18 +13,22 @@ extern "C" __global__ void split_activations(const __grid_constant__ Split q) { 
 namespace llmfp4::cuda {
 
 static void make_integers(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
-    const int top = a.shift ? a.element.max_shift() : 0, padded_k = int(UnitLayout{w.n, w.k}.padded_k());
+    const int top = a.top_shift(), padded_k = int(UnitLayout{w.n, w.k}.padded_k());
     Quantize q{};
     q.x = call.x, q.dtype = call.dtype;
     q.m = call.m, q.k = w.k, q.padded_k = padded_k, q.planes = plan.planes;
-    q.integers = reinterpret_cast<int8_t*>(call.workspace);
+    q.out = call.workspace;
     q.blocked_rows = plan.blocked_rows;
     q.x_scale = reinterpret_cast<float*>(call.workspace + plan.x_bytes);
     q.shift = a.shift, q.x_factor = a.x_factor;
     q.static_scale = a.x_scale;
     q.unit = 1.0f / (float(a.element.integer_scale() * w.element.integer_scale()) * float(1 << top));
-    q.shift_top = top;
+    q.shift_top = plan.inputs == Inputs::shifted ? top : 0;
     q.group_size = a.group_size;
+    q.form = plan.inputs == Inputs::packed     ? Form::codes
+             : plan.blocked_rows               ? Form::blocked
+             : w.scale_kind != ScaleKind::none ? Form::transposed
+                                               : Form::integers;
     q.set_element(a.element);
     if (a.fp8()) q.fp8 = true, q.integer_scale = fp8_part, q.unit = 1.0f / fp8_part;
     const int chunks = padded_k / chunk_k, whole_warps = (chunks + warp_size - 1) / warp_size * warp_size;
@@ -43,7 +47,7 @@ static void make_parts(const Weight& w, const Activations& a, const Plan& plan, 
                   plan.planes,
                   reinterpret_cast<uint16_t*>(call.workspace),
                   plan.blocked_rows,
-                  a.x_factor};
+                  plan.inputs == Inputs::shifted ? a.x_factor : nullptr};
     start("split_activations", split_activations, call.m, blocks, 1, threads, 0, false, call.queue, q);
 }
 

@@ -2,7 +2,8 @@
 // the bit order. Tables come as kernel arguments, so one compiled kernel serves E2M1, E1M2 and E3M0.
 //
 // An operand type says what a kernel multiplies: its table, its sums, the A operands of one unit (of a lane), the
-// activations that meet them (`vectors` times 16 bytes a lane), and how.
+// activations that meet them (`vectors` times 16 bytes a lane, x_bytes of a row in memory), and how; whether weights
+// take the shift (decode_shift.h).
 #pragma once
 #include "../core/half.h"
 #include "../core/scale.h"
@@ -28,7 +29,8 @@ struct Int8 {
         }
     };
     using Sum = int32_t;
-    static constexpr int bytes = 1, vectors = 1;
+    static constexpr int bytes = 1, vectors = 1, x_bytes = unit_k;
+    static constexpr bool shifted = false, packed = false;
     uint32_t a[2][4];  // of two m16n8k32
 
     // One word → four int8 of outputs g (low) and four of outputs g + 8 (high): 11 instructions for 8 codes.
@@ -39,6 +41,7 @@ struct Int8 {
         high = select(sign_masks(word << 4), permute(t.negative[0], t.negative[1], upper),
                       permute(t.positive[0], t.positive[1], upper));
     }
+    Int8() = default;
     __device__ Int8(const uint4& codes, const Table& t) {
         decode(codes.x, t, a[0][0], a[0][1]);
         decode(codes.y, t, a[0][2], a[0][3]);
@@ -100,7 +103,8 @@ template <class H>
 struct Halves {
     using Table = HalfTable;
     using Sum = float;
-    static constexpr int bytes = 2, vectors = 2;
+    static constexpr int bytes = 2, vectors = 2, x_bytes = 2 * unit_k;
+    static constexpr bool shifted = false, packed = false;
     uint32_t a[4][4];  // of four m16n8k16
 
     __device__ Halves(const uint4& codes, const Table& t) {
@@ -137,7 +141,16 @@ struct Product {
     const ScalePair* scales;
     ScaleKind scale_kind;
     int groups, group_shift;  // per row; a group is 16 << group_shift inputs
+    const uint8_t* shift;     // [units_k · 64] that weights are multiplied for, or null
 };
+
+template <class Operand>
+__device__ inline Operand decoded(const Product<Operand>& p, const uint4& codes, const uint4& shifts) {
+    if constexpr (Operand::shifted)
+        return Operand(codes, p.table, shifts);
+    else
+        return Operand(codes, p.table);
+}
 
 // The scales of lane 4·g + t in a unit.
 template <class Operand>

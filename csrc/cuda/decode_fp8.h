@@ -15,7 +15,7 @@ struct Fp8 {
         }
     };
     using Sum = float;
-    static constexpr int bytes = 1;
+    static constexpr int bytes = 1, x_bytes = unit_k;
     uint32_t a[2][4];
 
     // One word → four bytes of outputs g (low) and four of outputs g + 8 (high): 7 instructions for 8 codes.

@@ -36,11 +36,15 @@ __device__ inline T from_lane_xor(T value, int distance) {
     return __shfl_xor_sync(0xffffffffu, value, distance);
 }
 
+// The value of lane t of this lane's four.
+__device__ inline float from_quad_lane(float value, int t) { return __shfl_sync(0xffffffffu, value, t, 4); }
+
 // ---- fp32, each operation one rounding, never contracted
 
 __device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a · b + c
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ inline float reciprocal(float a) { return __frcp_rn(a); }
 __device__ inline uint32_t bits_of(float v) { return __float_as_uint(v); }
@@ -134,6 +138,13 @@ __device__ inline void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uin
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// k = 16: half the operands.
+__device__ inline void multiply_add(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b));
 }
 
 struct F16 {

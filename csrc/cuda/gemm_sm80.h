@@ -5,9 +5,11 @@
 //
 //     stage   codes  [4 · strips][512]           one unit each, as it lies in memory
 //             scales [4 · strips][4][8][2]       with group scales: those of inputs 0, 16, 32 and 48 of the unit
+//             shift  [64]                        where weights take it
 //             x      [8 · rows8][64]             int8: a quarter warp reads two rows, 128 bytes side by side.
 //                                                16 bits: it reads every other 16 bytes of two rows, so odd rows have
-//                                                neighbouring pieces swapped. No bank conflicts either way.
+//                                                neighbouring pieces swapped. Codes: four rows side by side. No bank
+//                                                conflicts any way.
 //
 // blockIdx.x counts tiles of rows, so that blocks running together share codes in L2; blockIdx.z splits k.
 #pragma once
@@ -27,17 +29,18 @@ struct Gemm {
 template <class Operand, bool grouped, int strips, int rows8>
 struct GemmTile {
     static constexpr int outs = gemm_warps * strips * unit_n, rows = 8 * rows8;
-    static constexpr int row_bytes = unit_k * Operand::bytes, pieces = row_bytes / 16;
+    static constexpr int row_bytes = Operand::x_bytes, pieces = row_bytes / 16;
     static constexpr int codes_bytes = gemm_warps * strips * unit_bytes, x_bytes = rows * row_bytes;
     static constexpr int scale_bytes = grouped ? gemm_warps * strips * 64 : 0;
-    static constexpr int stage_bytes = codes_bytes + scale_bytes + x_bytes;
+    static constexpr int shift_bytes = Operand::shifted ? unit_k : 0, shift_at = codes_bytes + scale_bytes;
+    static constexpr int stage_bytes = shift_at + shift_bytes + x_bytes;
     static constexpr int batch_bytes = gemm_batch_rows * outs * 4, pipeline_bytes = gemm_stages * stage_bytes;
     static constexpr int shared_bytes = pipeline_bytes > batch_bytes ? pipeline_bytes : batch_bytes;
     static_assert(rows % gemm_batch_rows == 0, "the epilogue takes whole batches of rows");
 
     // Where piece `piece` of row `row` of x lies in its stage.
     __device__ static int piece_at(int row, int piece) {
-        return codes_bytes + scale_bytes + row * row_bytes + (Operand::vectors == 2 ? piece ^ (row & 1) : piece) * 16;
+        return shift_at + shift_bytes + row * row_bytes + (Operand::vectors == 2 ? piece ^ (row & 1) : piece) * 16;
     }
 };
 
@@ -95,12 +98,18 @@ __device__ inline void gemm_block(const Gemm<Operand>& kernel) {
             copy_async(stage + T::codes_bytes + threadIdx.x * 16,
                        inside ? scales_at(p, strip, unit, 0, threadIdx.x % 4) : p.scales, inside);
         }
+        if (Operand::shifted && threadIdx.x < T::shift_bytes / 16) {
+            const bool inside = unit < end && p.shift;
+            copy_async(stage + T::shift_at + threadIdx.x * 16,
+                       inside ? p.shift + unit * unit_k + threadIdx.x * 16 : static_cast<const void*>(p.codes), inside);
+        }
     };
     auto fetch_x = [&](int unit) {
         char* stage = stage_of(unit);
 #pragma unroll
-        for (int i = 0; i < T::rows * T::pieces / gemm_threads; ++i) {
+        for (int i = 0; i < (T::rows * T::pieces + gemm_threads - 1) / gemm_threads; ++i) {
             const int at = threadIdx.x + i * gemm_threads, r = at / T::pieces, piece = at % T::pieces;
+            if (r >= T::rows) break;
             const int offset = unit * T::row_bytes + piece * 16;
             const bool inside = unit < end && row0 + r < p.rows && offset < p.k_bytes;
             copy_async(stage + T::piece_at(r, piece), inside ? p.x + (row0 + r) * p.x_stride + offset : p.x, inside);
@@ -108,7 +117,8 @@ __device__ inline void gemm_block(const Gemm<Operand>& kernel) {
     };
     typename Operand::Sum acc[strips][rows8][4] = {};
     auto weights_of = [&](const char* stage, int strip) {
-        Operand weights(reinterpret_cast<const uint4*>(stage + strip * unit_bytes)[lane], p.table);
+        const uint4 shifts = Operand::shifted ? reinterpret_cast<const uint4*>(stage + T::shift_at)[t] : uint4{};
+        Operand weights = decoded(p, reinterpret_cast<const uint4*>(stage + strip * unit_bytes)[lane], shifts);
         if constexpr (grouped)
             weights.scale(reinterpret_cast<const ScalePair*>(stage + T::codes_bytes + strip * 64)[8 * t + g],
                           p.scale_kind);
@@ -119,9 +129,12 @@ __device__ inline void gemm_block(const Gemm<Operand>& kernel) {
 #pragma unroll
         for (int i = 0; i < rows8; ++i) {
             uint4 x[Operand::vectors];
+            if constexpr (Operand::packed)
+                x[0] = Operand::inputs(reinterpret_cast<const uint2*>(stage + T::piece_at(8 * i + g, 0))[t], p.table);
+            else
 #pragma unroll
-            for (int v = 0; v < Operand::vectors; ++v)
-                x[v] = *reinterpret_cast<const uint4*>(stage + T::piece_at(8 * i + g, Operand::vectors * t + v));
+                for (int v = 0; v < Operand::vectors; ++v)
+                    x[v] = *reinterpret_cast<const uint4*>(stage + T::piece_at(8 * i + g, Operand::vectors * t + v));
             first.multiply(acc[0][i], x);
             if constexpr (strips == 2) second.multiply(acc[1][i], x);
         }

@@ -74,16 +74,19 @@ void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
 }
 
 void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
+    if (a.quantized() && w.scale_kind != ScaleKind::none)
+        throw std::invalid_argument("sm90 multiplies quantized activations by weights of one scale per row only");
     make_operands(w, a, plan, call);
     auto launch = [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         const auto& kernel = KernelsSm90<Operand, grouped>::at[plan.kernel];
-        const GemmSm90<Operand> p{product_of<Operand>(w, plan, call, table), output_of(w, plan, call)};
+        const GemmSm90<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call)};
         start(kernel.name, kernel.function, plan.grid[0], plan.grid[1], plan.grid[2], sm90_threads, kernel.shared, true,
               call.queue, p);
     };
     if (a.fp8()) return launch(Type<Fp8>{}, Fp8::Table(w.element), std::false_type{});
-    with_operand(w, a, call, launch);
+    if (a.integer()) return launch(Type<Int8>{}, Int8::Table(w.element), std::false_type{});
+    with_halves(w, a, call, launch);
 }
 
 }  // namespace llmfp4::cuda

@@ -6,13 +6,19 @@ using namespace llmfp4::cuda;
 template <class Operand, bool grouped>
 struct GemvKernels;
 
-// Up to 8 rows, and up to 16. Two blocks on a multiprocessor are wanted; left to itself ptxas spills to fit in four.
+// Two blocks on a multiprocessor are wanted; left to itself ptxas spills to fit in four. With scaled operands one.
+template <class Operand>
+constexpr int gemv_blocks(bool grouped) {
+    return grouped || (Operand::shifted && Operand::bytes == 2) ? 1 : 2;
+}
+
+// Up to 8 rows, and up to 16.
 #define GEMV(tag, Operand, grouped)                                                                    \
     extern "C" __global__ void __launch_bounds__(gemv_threads)                                         \
         gemv_##tag##_8(const __grid_constant__ Gemv<Operand> p) {                                      \
         gemv_block<Operand, grouped, 1>(p);                                                            \
     }                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(gemv_threads, grouped ? 1 : 2)                        \
+    extern "C" __global__ void __launch_bounds__(gemv_threads, gemv_blocks<Operand>(grouped))          \
         gemv_##tag##_16(const __grid_constant__ Gemv<Operand> p) {                                     \
         gemv_block<Operand, grouped, 2>(p);                                                            \
     }                                                                                                  \
@@ -23,6 +29,9 @@ struct GemvKernels;
     };
 
 GEMV(int8, Int8, false)
+GEMV(int8_shifted, ShiftedInt8, false)
+GEMV(bf16_shifted, ShiftedBf16, false)
+GEMV(int8_grouped, GroupedInt8, true)
 GEMV(f16, Halves<F16>, false)
 GEMV(bf16, Halves<Bf16>, false)
 GEMV(f16_grouped, Halves<F16>, true)
@@ -51,10 +60,10 @@ void plan_gemv(const Weight& w, int multiprocessors, Plan& plan) {
 
 void gemv(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
     make_operands(w, a, plan, call);
-    with_operand(w, a, call, [&](auto type, auto table, auto grouped) {
+    with_operand(w, a, plan, call, [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         using Kernels = GemvKernels<Operand, grouped>;
-        const Gemv<Operand> p{product_of<Operand>(w, plan, call, table), output_of(w, plan, call), plan.warps_n};
+        const Gemv<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), plan.warps_n};
         const int shared = gemv_warps * 8 * (plan.kernel + 1) * unit_n * 4;
         start(Kernels::names[plan.kernel], Kernels::functions[plan.kernel], plan.grid[0], plan.grid[1], 1, gemv_threads,
               shared, !plan.direct, call.queue, p);

@@ -89,8 +89,10 @@ __device__ inline void gemv_block(const Gemv<Operand>& kernel) {
 #pragma unroll
     for (int i = 0; i < gemv_depth; ++i) load_ahead(i, share.begin + i);
     wait_for_previous_kernel();  // weights do not depend on it
-    uint4 x[2][tokens8][Operand::vectors];
+    uint4 x[2][tokens8][Operand::vectors], shifts[2] = {};
     auto load_next = [&](int i, int unit) {
+        if (Operand::shifted && p.shift && unit < share.end)
+            shifts[i % 2] = *reinterpret_cast<const uint4*>(p.shift + unit * unit_k + 16 * t);
 #pragma unroll
         for (int j = 0; j < tokens8; ++j) load_x(p, unit < share.end ? 8 * j + g : p.rows, unit, t, x[i % 2][j]);
     };
@@ -100,7 +102,7 @@ __device__ inline void gemv_block(const Gemv<Operand>& kernel) {
 #pragma unroll
         for (int i = 0; i < gemv_depth; ++i) {
             load_next(i + 1, unit + i + 1);
-            Operand weights(ahead[i], p.table);
+            Operand weights = decoded(p, ahead[i], shifts[i % 2]);
             if constexpr (grouped) weights.scale(scale[i], p.scale_kind);
             load_ahead(i, unit + gemv_depth + i);
 #pragma unroll

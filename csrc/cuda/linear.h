@@ -29,30 +29,39 @@ struct Activations {
     Element element;
     float x_scale;          // of integers; 0: dynamic
     int group_size;         // of dynamic scales: 0, or 16 · 2^i up to 512
-    const uint8_t* shift;   // of static integers: [padded k] or null
+    const uint8_t* shift;   // of static integers, or of floats that have no other factor: [padded k] or null
     const float* x_factor;  // [padded k] or null; for floats with 2^-shift in it
 
     bool fp8() const { return element.exponent_bits == 4 && element.mantissa_bits == 3; }
     bool quantized() const { return element.exponent_bits > 0; }  // to bytes, with a scale per token
     bool integer() const { return quantized() && !fp8(); }
+    int top_shift() const { return shift ? element.max_shift() : 0; }
+    // What is left where the weights take the shift.
+    Activations unshifted() const { return {element, x_scale, group_size, nullptr, integer() ? x_factor : nullptr}; }
     // Rows of operands that a row of x becomes: see quantize.h and split.h.
     int planes(Dtype dtype) const {
-        if (integer()) return element.max_integer() << (shift ? element.max_shift() : 0) > 127 ? 2 : 1;
         if (fp8()) return 1;
+        if (integer()) return element.max_integer() << top_shift() > 127 ? 2 : 1;
         return dtype == Dtype::f32 ? 4 : x_factor ? 2 : 1;
     }
     // The product's operands: int8, or 16-bit floats of this dtype.
     bool half_is_bf16(Dtype dtype) const { return dtype != Dtype::f16 || planes(dtype) > 1; }
 };
 
+// What activations become: operands with the shift on them; without it, for weights that take it as they are decoded;
+// the same as packed codes.
+enum class Inputs { shifted, plain, packed };
+
 // Which kernel of a family multiplies, and how its blocks share the work: decided once, for the workspace and the
 // launch.
 struct Plan {
-    int kernel;            // index into the family's instances
-    int planes, rows;      // of activation operands: rows = planes · m
-    bool exact;            // sums are integers
-    bool direct;           // x itself is the operand
-    int blocked_rows;      // of operands in the order of blocks.h; 0: they are in row order
+    int kernel;        // index into the family's instances
+    int planes, rows;  // of activation operands: rows = planes · m
+    bool exact;        // sums are integers
+    bool direct;       // x itself is the operand
+    int blocked_rows;  // of operands in the order of blocks.h; 0: they are in row order
+    Inputs inputs;
+    bool narrow;           // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
     uint32_t grid[3];      // of the product
     int splits, warps_n;   // blocks that share a sum over k; strips side by side in a block (gemv)
     size_t x_bytes;        // of activation operands
@@ -85,19 +94,35 @@ void gemm_sm90(const Weight&, const Activations&, const Plan&, const Call&);
 // x → operands in the workspace, unless it is one itself.
 void make_operands(const Weight&, const Activations&, const Plan&, const Call&);
 
-// A registry row: one of the kernel families, each in a file of its name.
+// A registry row: one of the kernel families, each in a file of its name, and what it makes of activations.
 struct Family {
     const char* name;
     void (*share)(const Weight&, int multiprocessors, Plan&);
     void (*run)(const Weight&, const Activations&, const Plan&, const Call&);
+    Inputs inputs;
+
+    // Throws std::invalid_argument where weights cannot take the shift: backends/cuda_options.py refuses these before.
+    void require_shift_on_weights(const Weight& w, const Activations& a, Dtype dtype) const {
+        const int top = a.top_shift(), bits = a.element.exponent_bits + a.element.mantissa_bits;
+        const bool integers = a.integer() && !a.group_size && top <= 3 && w.element.max_integer() << top <= 127 &&
+                              (inputs == Inputs::plain || bits == 3);
+        const bool floats = !a.integer() && a.shift && inputs == Inputs::plain && dtype != Dtype::f16;
+        if (w.scale_kind != ScaleKind::none || !(integers || floats))
+            throw std::invalid_argument(std::string("the kernel '") + name + "' does not take these activations");
+    }
 
     Plan plan(const Weight& w, const Activations& a, int m, Dtype dtype, int multiprocessors) const {
+        if (inputs != Inputs::shifted) require_shift_on_weights(w, a, dtype);
         Plan plan{};
-        plan.planes = a.planes(dtype), plan.rows = plan.planes * m;
+        plan.inputs = inputs;
+        plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
+        plan.rows = plan.planes * m;
+        plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !a.integer());
         plan.exact = a.integer();
         plan.direct = !a.quantized() && plan.planes == 1 && w.k % 8 == 0;
         share(w, multiprocessors, plan);
-        const size_t row_bytes = UnitLayout{w.n, w.k}.padded_k() * (a.quantized() ? 1 : 2);
+        const size_t padded_k = UnitLayout{w.n, w.k}.padded_k();
+        const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
         plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);
         plan.scale_bytes = a.quantized() ? round_up(size_t(m) * sizeof(float), 256) : 0;
         plan.partial_bytes = plan.splits > 1 ? size_t(plan.splits) * plan.rows * w.n * 4 : 0;
@@ -107,10 +132,13 @@ struct Family {
 
 inline const Family& family_named(const std::string& name) {
     static const Family families[] = {
-        {"gemv", plan_gemv, gemv},
-        {"sm80", plan_gemm_sm80, gemm_sm80},
+        {"gemv", plan_gemv, gemv, Inputs::shifted},
+        {"sm80", plan_gemm_sm80, gemm_sm80, Inputs::shifted},
+        {"gemv-weight-shift", plan_gemv, gemv, Inputs::plain},
+        {"sm80-weight-shift", plan_gemm_sm80, gemm_sm80, Inputs::plain},
+        {"sm80-packed", plan_gemm_sm80, gemm_sm80, Inputs::packed},
 #if LLMFP4_SM90
-        {"sm90", plan_gemm_sm90, gemm_sm90},
+        {"sm90", plan_gemm_sm90, gemm_sm90, Inputs::shifted},
 #endif
     };
     for (const Family& family : families)

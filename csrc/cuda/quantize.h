@@ -6,42 +6,9 @@
 //
 // A block per token, 16 inputs a thread at a time: a group of 16 is one thread's, one of 32 that of two lanes.
 #pragma once
-#include "blocks.h"
-#include "device.h"
+#include "store.h"
 
 namespace llmfp4::cuda {
-
-// E4M3 operands are halves: the element's largest value, 480, is a NaN in the tensor core's E4M3, 240 is not. What that
-// costs: of multiples of 2^-9 below 2^-5, odd ones become the even neighbour.
-constexpr float fp8_part = 0.5f;
-constexpr int chunk_k = 16, quantize_threads_limit = 512, plane_limit = 64, plane_unit = 128;
-
-struct Quantize {
-    const void* x;  // [m, k] contiguous
-    Dtype dtype;
-    int m, k, padded_k, planes;
-    int8_t* integers;              // [planes · m, padded_k]; row planes·m + p is plane p of token m
-    int blocked_rows;              // not 0: integers lie as blocks.h says, so many rows of them
-    float* x_scale;                // [m]
-    const uint8_t* shift;          // [padded_k] or null
-    const float* x_factor;         // [padded_k] or null
-    float static_scale;            // 0: dynamic
-    float unit;                    // worth of one unit of an integer sum, before x_scale
-    int shift_top;                 // max_shift if the integers carry 2^(max_shift - shift), else 0
-    int group_size;                // of a dynamic activation: 0, or 16 · 2^i up to 512
-    float top, most_factor;        // largest element; largest factor of a group
-    float integer_scale;           // of an operand to its element
-    bool fp8;                      // operands are bytes of E4M3, not integers
-    uint32_t to_anchor, smallest;  // of the rounding, see `rounded`
-
-    void set_element(Element e) {
-        top = float(e.max_integer()) / float(e.integer_scale());
-        most_factor = float(127 / e.max_integer());
-        integer_scale = float(e.integer_scale());
-        to_anchor = uint32_t(23 - e.mantissa_bits) << 23;
-        smallest = uint32_t(127 + 1 - e.bias) << 23;
-    }
-};
 
 // The element nearest to v: saturating, ties to the even step.
 __device__ inline float rounded(float v, const Quantize& q) {
@@ -143,44 +110,6 @@ __device__ inline void quantize_static(const Quantize& q, int k0, float (&v)[chu
         const float element = rounded(mul(v[i], mul(inverse, power_of_two(shift))), q);
         v[i] = mul(element, q.integer_scale * power_of_two(q.shift_top ? q.shift_top - shift : 0));
     }
-}
-
-__device__ inline uint32_t pack_bytes(int a, int b, int c, int d) {
-    return permute(permute(uint32_t(a), uint32_t(b), 0x0040), permute(uint32_t(c), uint32_t(d), 0x0040), 0x5410);
-}
-
-__device__ inline void store_plane(const Quantize& q, int row, int k0, const int (&v)[chunk_k]) {
-    const uint4 bytes{pack_bytes(v[0], v[1], v[2], v[3]), pack_bytes(v[4], v[5], v[6], v[7]),
-                      pack_bytes(v[8], v[9], v[10], v[11]), pack_bytes(v[12], v[13], v[14], v[15])};
-    if (q.blocked_rows == 0) {
-        *reinterpret_cast<uint4*>(q.integers + size_t(row) * q.padded_k + k0) = bytes;
-    } else {
-        uint32_t* word = reinterpret_cast<uint32_t*>(q.integers + block_at(q.blocked_rows, 1, row, k0));
-        word[0] = bytes.x, word[block_words] = bytes.y, word[2 * block_words] = bytes.z,
-        word[3 * block_words] = bytes.w;
-    }
-}
-
-// A multiple of 2^-10 that E4M3 holds, or lies between two of its subnormals: the byte, ties to even.
-__device__ inline int e4m3_byte(float v) {
-    const uint32_t magnitude = bits_of(v) & 0x7fffffffu, smallest_normal = 121u << 23;
-    const uint32_t byte = magnitude >= smallest_normal ? (magnitude >> 20) - (120u << 3)
-                                                       : uint32_t(truncate(nearest_even(mul(fabsf(v), 512.0f))));
-    return int(byte | bits_of(v) >> 31 << 7);
-}
-
-// An integer beyond int8 is split into planes, low + 128 · high. Only E3M0 with a shift needs two: its values are
-// single powers of two up to 64·2^7, so one plane of each is zero and both fit.
-__device__ inline void store_integers(const Quantize& q, int token, int k0, const float (&v)[chunk_k]) {
-    int low[chunk_k], high[chunk_k];
-#pragma unroll
-    for (int i = 0; i < chunk_k; ++i) {
-        const int integer = q.fp8 ? e4m3_byte(v[i]) : truncate(v[i]);
-        const bool large = q.planes == 2 && (integer > plane_limit || integer < -plane_limit);
-        low[i] = large ? 0 : integer, high[i] = large ? integer / plane_unit : 0;
-    }
-    store_plane(q, token * q.planes, k0, low);
-    if (q.planes == 2) store_plane(q, token * q.planes + 1, k0, high);
 }
 
 // The largest of all threads' values; `shared` holds 32.

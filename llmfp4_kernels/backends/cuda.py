@@ -53,6 +53,10 @@ class Machine:
         properties, stream = _properties(device.index), torch.cuda.current_stream(device).cuda_stream
         return Queue(device.index, properties.multi_processor_count, properties.major >= 9, stream)
 
+    def capturing(self) -> bool:
+        """Whether the current stream's work goes into a graph."""
+        return torch.cuda.is_current_stream_capturing()
+
     def on(self, device: torch.device):
         """Makes `device` the current one for torch and for the launcher; a context manager."""
         return torch.cuda.device(device)
@@ -63,30 +67,41 @@ _properties = functools.cache(torch.cuda.get_device_properties)
 _counters: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
-def _arrived(queue: Queue, count: int, device: torch.device) -> int:
-    """Address of `count` counters of this stream, zeros between kernels. Never freed: a captured graph may hold it."""
+def _arrived(queue: Queue, count: int, device: torch.device) -> torch.Tensor | None:
+    """`count` counters of this stream, zeros between kernels. Never freed: a captured graph may hold them.
+
+    What is made while a graph is captured belongs to that graph, whose replays alone make it zeros: it is not kept.
+    """
     if count == 0:
-        return 0
+        return None
     known = _counters.setdefault((queue.device, queue.stream), [])
-    if not known or known[-1].numel() < count:
-        known.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
-    return known[-1].data_ptr()
+    if known and known[-1].numel() >= count:
+        return known[-1]
+    made = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    if not machine.capturing():
+        known.append(made)
+    return made
 
 
 def _fields(element: Element) -> tuple[int, int, int]:
     return element.exponent_bits, element.mantissa_bits, element.bias
 
 
-def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales uint8 [ceil(n/16), groups of padded k, 8, 2], row_scale): outputs g and g + 8 of a strip side by side.
-
-    E8M0 bytes become relative to the row's largest, which is 127 (1.0) then and goes into row_scale: fp16 holds them.
-    """
+def relative_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(group_scale, row_scale): E8M0 bytes relative to the row's largest, which is 127 (1.0) then and goes into
+    row_scale, so that fp16 holds them. Others as they are."""
     scales, row_scale = packed.group_scale, packed.row_scale
-    if packed.scale == E8M0:
-        largest = scales.amax(1, keepdim=True)
-        scales = (scales.int() + 127 - largest).clamp(min=0).to(torch.uint8)
-        row_scale = torch.ldexp(row_scale, largest[:, 0].int() - 127)
+    if packed.scale != E8M0:
+        return scales, row_scale
+    largest = scales.amax(1, keepdim=True)
+    scales = (scales.int() + 127 - largest).clamp(min=0).to(torch.uint8)
+    return scales, torch.ldexp(row_scale, largest[:, 0].int() - 127)
+
+
+def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(relative scales uint8 [ceil(n/16), groups of padded k, 8, 2], row_scale): outputs g and g + 8 of a strip side by
+    side."""
+    scales, row_scale = relative_scales(packed)
     n, k = packed.shape
     groups = -(-(-(-k // 64) * 64) // packed.group_size)
     scales = torch.nn.functional.pad(scales, (0, groups - scales.shape[1], 0, -n % 16))
@@ -118,7 +133,8 @@ class Prepared:
         elif packed.x_factor is not None or packed.shift is not None:
             ones = torch.ones(self.k, device=self.device) if packed.x_factor is None else packed.x_factor
             factor = ones if packed.shift is None else torch.ldexp(ones, -packed.shift.int())
-            self._linear.scale_activations(self._padded("x_factor", factor, 0))
+            shift_alone = {} if packed.x_factor is not None else {"shift": self._padded("shift", packed.shift, 0)}
+            self._linear.scale_activations(self._padded("x_factor", factor, 0), **shift_alone)
         self._check_devices()
 
     def _padded(self, name: str, per_input: torch.Tensor, filler: int) -> int:
@@ -158,8 +174,8 @@ class Prepared:
         arrived = _arrived(queue, plan.counters, x.device)
         with machine.on(self.device):
             self._linear.run(
-                name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(), arrived,
-                queue.device, queue.overlap, queue.stream,
+                name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(),
+                0 if arrived is None else arrived.data_ptr(), queue.device, queue.overlap, queue.stream,
             )  # fmt: skip
         return y
 
@@ -187,7 +203,8 @@ def _unusable(problem: Problem) -> str | None:
     return None
 
 
-def _refusal(name: str, problem: Problem) -> str | None:
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the family `name`, "gemv" or "sm80", does not take a problem."""
     unusable = _unusable(problem)
     if unusable:
         return unusable
@@ -196,7 +213,7 @@ def _refusal(name: str, problem: Problem) -> str | None:
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
     fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
-    why = None if fp8 else _refusal_of_integers(problem) if problem.activation else _refusal_of_floats(problem)
+    why = None if fp8 else _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
     if why:
         return why
     rows = problem.m * planes(problem)
@@ -207,22 +224,24 @@ def _refusal(name: str, problem: Problem) -> str | None:
 
 def _refusal_of_integers(problem: Problem) -> str | None:
     dynamic = problem.dynamic
-    if not problem.integer:
+    if not (problem.integer or problem.grouped):
         return f"{problem.scheme} with {problem.activation.name} activations and these scales is no sum of integers"
     if dynamic and dynamic.group_size not in (0, *GROUPS):
         return f"activation groups of {dynamic.group_size} inputs are none of {GROUPS}"
+    if problem.grouped:  # sums of at most 64 inputs
+        return _refusal_of_groups(problem)
     limit = largest_k(problem.element, problem.activation, problem.shift, dynamic)
     if problem.k > limit:
         return f"k = {problem.k} may overflow int32 sums, the limit for these elements is {limit}"
     return None
 
 
-def _refusal_of_floats(problem: Problem) -> str | None:
+def _refusal_of_groups(problem: Problem) -> str | None:
     if problem.scale and problem.group_size not in GROUPS:
         return f"groups of {problem.group_size} inputs are none of {GROUPS}"
     return None
 
 
 KERNELS = tuple(
-    Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), Prepared) for name in ("gemv", "sm90", "sm80")
+    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared) for name in ("gemv", "sm90", "sm80")
 )

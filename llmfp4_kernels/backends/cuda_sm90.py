@@ -29,6 +29,8 @@ def refusal(problem: Problem, capability: tuple[int, int]) -> str | None:
     """None, or why a GPU of this compute capability does not run it."""
     if capability != CAPABILITY:
         return f"this GPU is sm_{capability[0]}{capability[1]}, wgmma exists on sm_90 (Hopper) only"
+    if problem.activation and problem.scale:
+        return f"quantized activations need weights of one scale per row, these have {problem.scale.name} groups"
     built = native.module().cuda_architectures
     if not any(architecture.startswith("90a") for architecture in built):
         return f"the native module was built for {', '.join(built)}, without 90a-real"

@@ -85,10 +85,10 @@ MODES = {In: 1, Out: 2}
 
 
 class Program:
-    def __init__(self, ptx: str):
+    def __init__(self, ptx: str, level: str = "-O1"):
         self.ptx = ptx
         self.names = re.findall(r"\.entry\s+([\w$]+)", ptx)
-        self.kernels = build.kernels(ptx)
+        self.kernels = build.kernels(ptx, level)
         self.machine = build.runtime()
         self.machine.ptx_error.restype = self.machine.ptx_error_kind.restype = ctypes.c_char_p
         self.machine.ptx_run.restype = ctypes.c_bool

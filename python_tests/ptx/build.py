@@ -37,13 +37,18 @@ def nvcc() -> str | None:
     return next((p for p in found if p), None)
 
 
-def missing() -> str | None:
-    """Why kernels cannot run here, or None."""
-    if nvcc() is None:
-        return "no nvcc on PATH or in /usr/local/cuda*/bin: CUDA kernels cannot be compiled to PTX"
+def cannot_run() -> str | None:
+    """Why PTX cannot run here, or None."""
     if platform.machine() != "x86_64":
         return f"the machine's fibers are written for x86_64, this is {platform.machine()}"
     return None if shutil.which("g++") else "no g++ on PATH: translated PTX cannot be compiled"
+
+
+def missing() -> str | None:
+    """Why CUDA kernels cannot run here, or None."""
+    if nvcc() is None:
+        return "no nvcc on PATH or in /usr/local/cuda*/bin: CUDA kernels cannot be compiled to PTX"
+    return cannot_run()
 
 
 def call(*command) -> str:
@@ -126,14 +131,14 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernels(text: str) -> ctypes.CDLL:
-    """The translated kernels of PTX text. -O1: kernels are long, and run once."""
+def kernels(text: str, level: str = "-O1") -> ctypes.CDLL:
+    """The translated kernels of PTX text. -O1: kernels are long, and run once; -O0 if they run on next to nothing."""
     code = translate(text)
     runtime()
 
     def make(out: Path) -> None:
         source = out.with_suffix(".cpp")
         source.write_text(code)
-        call("g++", "-O1", *FLAGS, "-I", HERE, "-shared", source, "-o", out)
+        call("g++", level, *FLAGS, "-I", HERE, "-shared", source, "-o", out)
 
-    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), code)}.so", make)))
+    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), level, code)}.so", make)))

@@ -1,0 +1,67 @@
+"""What the benchmarks' options take, as argparse types: a wrong one ends in a sentence before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ours import DTYPES
+
+from llmfp4_kernels.errors import LLMFP4Error
+from llmfp4_kernels.formats import recipe as recipe_named
+
+
+def count(text: str, least: int = 1) -> int:
+    """A whole number, at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)
+
+
+def rounds(text: str) -> int:
+    """Two or more: a spread needs them."""
+    return count(text, least=2)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
+def shape(text: str) -> tuple[int, int]:
+    """NxK."""
+    n, separator, k = text.partition("x")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape NxK, as 4096x11008 is")
+    return count(n), count(k)
+
+
+def recipe(text: str) -> str:
+    try:
+        return recipe_named(text).name
+    except LLMFP4Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def scheme(text: str) -> str:
+    """RECIPE or RECIPE:DTYPE, the dtype of the activations."""
+    name, separator, dtype = text.partition(":")
+    if separator and dtype not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of :{', :'.join(DTYPES)}")
+    return recipe(name) + separator + dtype
+
+
+def result_file(text: str) -> Path:
+    """A file that lines can be appended to; its folder is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    return path

@@ -1,0 +1,100 @@
+"""The Triton kernels on the GPU that is here: `make gpu-check`. Skipped without one."""
+
+import pytest
+import torch
+from cases import GROUP_SCALES, random_packed, random_x, same_bits
+from test_cuda_float import exact_and_bound
+from test_dynamic import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dynamic_packed, wild_x
+
+from llmfp4_kernels import FP4Linear, reference, registry
+from llmfp4_kernels.backends import triton
+from llmfp4_kernels.backends.triton import machine
+from llmfp4_kernels.formats import E2M1, E3M0, FP4_ELEMENTS, INTEGER, Dynamic
+from llmfp4_kernels.problem import Problem
+
+NO_GPU = None if torch.cuda.is_available() else "there is no GPU that torch can use"
+WHY_NOT = NO_GPU or machine.problem_with_triton()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+SHAPES = [
+    (1, 1, 1),
+    (9, 70, 515),
+    (33, 65, 70),
+    (1, 4096, 4096),
+    (16, 2048, 4104),
+    (128, 1000, 3000),
+    (300, 512, 11008),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def no_errors_left():
+    yield
+    torch.cuda.synchronize()
+
+
+def runs(packed, x, bias=None):
+    """(row's name, y on the CPU) of each row that takes the problem; twice, with the same bits."""
+    on_gpu, x = packed.to("cuda"), x.cuda()
+    prepared = None
+    for kernel in triton.KERNELS:
+        if kernel.refusal(Problem.of(on_gpu, len(x), x.dtype)) is None:
+            prepared = prepared or kernel.prepare(on_gpu, None if bias is None else bias.cuda())
+            y = prepared.run(kernel, x).cpu()
+            assert same_bits(prepared.run(kernel, x).cpu(), y), f"{kernel.name}: other bits the second time"
+            yield kernel.name, y
+
+
+@pytest.mark.parametrize("element", FP4_ELEMENTS.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("activation", [E2M1, E3M0], ids=lambda e: e.name)
+def test_static_integers(element, activation):
+    for i, (m, n, k) in enumerate(SHAPES):
+        packed, bias = random_packed(n, k, element, activation, shift=i % 2 == 0), torch.randn(n)
+        x = random_x(m, k, DTYPES[i % 3])
+        expected = reference.gemm(x, packed, bias).to(x.dtype)
+        for name, y in runs(packed, x, bias):
+            assert same_bits(y, expected), (name, m, n, k)
+
+
+@pytest.mark.parametrize(("activation", "dynamic"), [a for a in INTEGER_ACTIVATIONS if a[1].group_size != 24], ids=str)
+def test_dynamic_integers(activation, dynamic):
+    for i, (m, n, k) in enumerate([(1, 24, 66), (40, 130, 1031), (16, 512, 9000), (130, 512, 4096)]):
+        packed, x = dynamic_packed(n, k, E2M1, activation, dynamic), wild_x(m, k, DTYPES[i % 3])
+        expected = reference.gemm(x, packed).to(x.dtype)
+        for name, y in runs(packed, x):
+            assert same_bits(y, expected), (name, m, n, k)
+
+
+@pytest.mark.parametrize("group", GROUP_SCALES, ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floats(group, dtype):
+    """Tensor cores add with fewer bits than fp32: 2^-21 of Σ|x·w| a step of 16, plus what test_cuda_float allows."""
+    for m, n, k in SHAPES:
+        packed, bias = random_packed(n, k, E2M1, scale=group[0], group_size=group[1]), torch.randn(n)
+        x = random_x(m, k, dtype) / (1024 if dtype == torch.float16 else 1)
+        exact, bound = exact_and_bound(packed, x, bias)
+        bound += (k / 16 + 8) * 2.0**-21 * (x.double().abs() @ reference.stored_weight(packed).abs().T)
+        for name, y in runs(packed, x, bias):
+            assert ((y.double() - exact).abs() <= bound).all(), (name, m, n, k, (y.double() - exact).abs().max())
+
+
+@pytest.mark.parametrize(("activation", "dynamic"), FLOAT_ACTIVATIONS, ids=str)
+def test_activations_that_are_no_integers(activation, dynamic):
+    packed, x = dynamic_packed(512, 4096, E2M1, activation, dynamic), wild_x(20, 4096)
+    expected = reference.gemm(x, packed)
+    for name, y in runs(packed, x):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), msg=name)
+
+
+def test_a_layer_on_triton_alone(monkeypatch):
+    monkeypatch.setenv(registry.FORCE, "triton.gemm")
+    packed, x = dynamic_packed(512, 4096, E2M1, E2M1, Dynamic(16, INTEGER)), random_x(4, 4096, torch.bfloat16)
+    layer = FP4Linear.from_packed(packed.to("cuda"))
+    assert same_bits(layer(x.cuda()).cpu(), reference.gemm(x, packed).to(x.dtype))
+    assert layer.codes.ndim == 1 and torch.equal(layer.state_dict()["codes"].cpu(), packed.codes)
+    graph, x = torch.cuda.CUDAGraph(), x.cuda()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(random_x(4, 4096, torch.bfloat16, 3))
+    graph.replay()
+    assert same_bits(y.cpu(), reference.gemm(x.cpu(), packed).to(y.dtype))

@@ -1,0 +1,158 @@
+"""The Triton rows of the registry where nothing is launched: layout, refusals, Triton imported only when needed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import random_packed
+
+from llmfp4_kernels import environment, layout
+from llmfp4_kernels.backends import cuda, triton
+from llmfp4_kernels.backends.triton import configs, machine
+from llmfp4_kernels.errors import BadInput, NoKernel
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, Dynamic, element
+from llmfp4_kernels.packed import codes_shape, unpack
+from llmfp4_kernels.problem import Problem
+from llmfp4_kernels.registry import FORCE, choose, explain, layout_for
+
+GEMV, GEMM = triton.KERNELS
+PROBLEM = Problem(1, 64, 64, E2M1, E2M1, device="cuda")
+
+
+def refuse(kernel, **changes):
+    return kernel.refusal(Problem(**{**vars(PROBLEM), **changes}))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that has Triton and an sm_90."""
+    monkeypatch.setattr(machine, "problem_with_triton", lambda: None)
+    monkeypatch.setattr(machine.here, "capability", lambda: (9, 0), raising=False)
+    monkeypatch.setattr(cuda, "_unusable", lambda problem: "there is no nvcc")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 130), (5, 7), (1100, 70)])
+def test_pairs_there_and_back(shape):
+    n, k = shape
+    packed = random_packed(n, k, E2M1)
+    pairs = layout.to_layout(packed, "pairs")
+    assert list(pairs.codes.shape) == codes_shape(n, k, "pairs") and torch.equal(
+        layout.to_layout(pairs, "row").codes, packed.codes
+    )
+    for name in ("tiled", "units"):
+        other = layout.to_layout(pairs, name)
+        assert torch.equal(other.codes, layout.to_layout(packed, name).codes)
+        assert torch.equal(layout.to_layout(other, "pairs").codes, pairs.codes)
+    half, values = -(-n // 2), unpack(packed.codes, k)
+    bytes = pairs.codes.view(half, -1)
+    assert torch.equal(bytes[:, :k] & 15, values[:half]) and torch.equal((bytes >> 4)[: n - half, :k], values[half:])
+    assert not bytes[:, k:].any() and not (bytes >> 4)[n - half :].any()
+    ids = torch.randint(0, n, (3, 5))
+    assert torch.equal(layout.code_rows(pairs.codes, ids, k), values[ids])
+
+
+def test_codes_of_another_weight_are_refused():
+    with pytest.raises(BadInput, match="do not hold 17 x 65"):
+        layout.unshuffle_codes(layout.to_layout(random_packed(16, 64, E2M1), "pairs").codes, 17, 65)
+
+
+def test_refusals_are_sentences(gpu, monkeypatch):
+    assert "tensors are on cpu" in refuse(GEMV, device="cpu")
+    assert refuse(GEMV) is refuse(GEMM) is None
+    assert "m = 17" in refuse(GEMV, m=17) and refuse(GEMM, m=17) is None
+    assert "float64" in refuse(GEMM, dtype=torch.float64)
+    assert "int32" in refuse(GEMM, k=2 * 10**7)
+    assert "weight groups of 24" in refuse(GEMM, activation=None, scale=E4M3, group_size=24)
+    assert "activation groups of 24" in refuse(GEMM, dynamic=Dynamic(24, INTEGER))
+    e3m4 = element("e3m4")
+    assert "9 significant bits" in refuse(GEMM, activation=e3m4, dynamic=Dynamic(16, E4M3))
+    assert refuse(GEMM, activation=e3m4, dynamic=Dynamic()) is None
+    assert "n = 5000000" in refuse(GEMM, n=5_000_000)
+    assert "m = 2000000000" in refuse(GEMM, m=2_000_000_000)
+    monkeypatch.setattr(machine.here, "capability", lambda: (7, 5))
+    assert "sm_75" in refuse(GEMM)
+    monkeypatch.setattr(machine.here, "capability", lambda: None)
+    assert "no GPU" in refuse(GEMM)
+    monkeypatch.setattr(machine, "problem_with_triton", lambda: "Triton is not there")
+    assert refuse(GEMM) == "Triton is not there"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        dict(activation=None),
+        dict(activation=E3M0, shift=True),
+        dict(activation=element("e4m3"), dynamic=Dynamic()),
+        dict(activation=element("e1m6"), dynamic=Dynamic(), scale=E4M3, group_size=16),
+    ],
+    ids=str,
+)
+def test_without_the_cuda_module_a_gpu_runs_triton_on_pairs(problem, gpu):
+    problem = Problem(**{**vars(PROBLEM), **problem})
+    assert choose(problem).name == "triton.gemv" and layout_for(problem) == "pairs"
+
+
+def test_forcing_a_row_raises_its_refusal(monkeypatch):
+    monkeypatch.setenv(FORCE, "triton.gemm")
+    with pytest.raises(NoKernel, match="triton.gemm refuses m = 1, n = 64, k = 64: runs on a GPU"):
+        choose(Problem(1, 64, 64, E2M1, E2M1))
+    assert layout_for(Problem(1, 64, 64, E2M1, E2M1)) in ("tiled", "row")
+
+
+def test_a_forced_row_decides_the_layout(gpu, monkeypatch):
+    monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
+    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0))
+    assert layout_for(PROBLEM) == "units"
+    monkeypatch.setenv(FORCE, "triton.gemm")
+    assert layout_for(PROBLEM) == "pairs"
+
+
+def test_without_triton_its_rows_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    machine.version.cache_clear()
+    machine.problem_with_triton.cache_clear()
+    try:
+        answers = dict(explain(PROBLEM))
+    finally:
+        machine.version.cache_clear()
+        machine.problem_with_triton.cache_clear()
+    assert "pip install triton" in answers["triton.gemv"] and "pip install triton" in answers["triton.gemm"]
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    machine.problem_with_triton.cache_clear()
+    monkeypatch.setattr(machine, "version", lambda: (3, 1))
+    assert machine.problem_with_triton() == "Triton 3.1 is older than 3.6"
+    machine.problem_with_triton.cache_clear()
+
+
+def test_triton_is_not_imported_before_a_gpu_asks():
+    code = "import sys, llmfp4_kernels.registry, llmfp4_kernels.nn; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_info_names_tritons_version():
+    versions = environment.machine()["versions"]
+    assert "triton" in versions and (versions["triton"] is None) == (machine.problem_with_triton() is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_every_number_of_tokens_has_a_tile(dtype):
+    operands = torch.empty(1, dtype=dtype)
+    for m in (1, 16, 17, 64, 65, 10**6):
+        for arch, version in (((8, 0), (3, 6)), ((9, 0), (3, 6)), ((9, 0), (3, 9)), ((12, 0), (3, 6))):
+            config = configs.choose("gemm", operands, m, arch, version)
+            assert config.rows >= 16 * config.warps, "warps would multiply the same rows"
+            unfenced = arch >= (9, 0) and version < configs.FENCED
+            assert not (unfenced and config.warps % 4 == 0), "Triton would choose wgmma, and forget its fence"
+    with pytest.raises(StopIteration):
+        configs.choose("gemv", operands, 17, (8, 0), (3, 6))
+
+
+def test_splits_fill_a_gpu_and_keep_their_steps():
+    config = configs.choose("gemv", torch.empty(1, dtype=torch.int8), 1, (8, 0), (3, 6))
+    assert configs.splits(config, 1, 2048, 4096, 132) > 1
+    assert configs.splits(config, 1, 1 << 20, 4096, 132) == 1
+    assert configs.splits(config, 1, 64, 64, 132) == 1
