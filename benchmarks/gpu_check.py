@@ -50,7 +50,8 @@ def build(environment: dict) -> None:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    environment["LLMFP4_CUDA_ARCHITECTURES"] = f"{major}{minor}-real"
+    hopper = ";90a-real" if (major, minor) == (9, 0) else ""
+    environment["LLMFP4_CUDA_ARCHITECTURES"] = f"{major}{minor}-real{hopper}"
     for tool in ("cmake", "ninja"):
         if shutil.which(tool, path=environment["PATH"]) is None:
             sys.exit(f"gpu-check needs {tool}: carry its wheel in .whl/")

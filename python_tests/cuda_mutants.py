@@ -130,6 +130,7 @@ HEADERS = [
         "cuda/launch.h",
         "cuda/linear.h",
         "cuda/device.h",
+        "cuda/blocks.h",
         "cuda/decode.h",
         "cuda/decode_grouped.h",
         "cuda/decode_shift.h",
@@ -144,10 +145,10 @@ INCLUDES = "#include <cstddef>\n#include <cstdint>\n#include <stdexcept>\n#inclu
 CUDA_INCLUDES = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
 
 
-def mutated(file: str, old: str, new: str) -> str:
+def mutated(file: str, old: str, new: str, headers=HEADERS) -> str:
     """All headers of a kernel as one text, with one change."""
     texts = []
-    for path in HEADERS:
+    for path in headers:
         text = path.read_text()
         if path.name == file:
             if old not in text:
@@ -157,14 +158,14 @@ def mutated(file: str, old: str, new: str) -> str:
     return "\n".join(texts)
 
 
-def combined(numbers) -> str:
+def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=HEADERS) -> str:
     """The mutants of these numbers in one file, number i's kernel called mutant_i: nvcc and g++ start once."""
     parts = [INCLUDES, CUDA_INCLUDES]
     for i in numbers:
-        kernel, file, _, old, new, _ = MUTANTS[i]
-        _, parameters, body = INSTANCES[kernel]
+        kernel, file, _, old, new, _ = mutants[i]
+        _, parameters, body = instances[kernel]
         # Shared memory is declared per kernel; host functions of all mutants live in namespaces of their own.
-        parts.append(f"namespace n{i} {{\n{mutated(file, old, new)}\n}}")
+        parts.append(f"namespace n{i} {{\n{mutated(file, old, new, headers)}\n}}")
         spaces = f"using namespace n{i}::llmfp4; using namespace n{i}::llmfp4::cuda;"
         parts.append(
             f"namespace k{i} {{ {spaces}\n"
@@ -173,7 +174,7 @@ def combined(numbers) -> str:
     return "\n".join(parts)
 
 
-def ptx_of(numbers) -> str:
-    text = build.ptx(combined(numbers), "sm_80", (f"-DHEADERS={headers_key()}",))
+def ptx_of(numbers, arch="sm_80", **of) -> str:
+    text = build.ptx(combined(numbers, **of), arch, (f"-DHEADERS={headers_key()}",))
     build.kernels(text)
     return text

@@ -24,7 +24,10 @@ from llmfp4_kernels.backends import cuda
 from llmfp4_kernels.problem import Kernel
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = sorted(p for p in (CSRC / "cuda").glob("*.cu") if p.name != "runtime.cu")
+SOURCES = {  # architecture: what is compiled for it here
+    "sm_80": sorted(p for p in (CSRC / "cuda").glob("*.cu") if p.stem not in ("runtime", "gemm_sm90")),
+    "sm_90a": [CSRC / "cuda" / "activations.cu", CSRC / "cuda" / "gemm_sm90.cu"],
+}
 
 
 class Launch(ctypes.Structure):
@@ -49,7 +52,7 @@ def headers_key() -> str:
     return build.digest(*(p.read_text() for p in sorted(CSRC.glob("c*/*.h"))))
 
 
-def translated(source: Path, arch: str = "sm_80") -> str:
+def translated(source: Path, arch: str) -> str:
     """The PTX of a .cu file of csrc/cuda, translated and compiled into the cache."""
     options = ("-I", str(source.parent), f"-DHEADERS={headers_key()}")
     text = build.ptx(source.read_text(), arch, options)
@@ -58,24 +61,24 @@ def translated(source: Path, arch: str = "sm_80") -> str:
 
 
 @functools.cache
-def all_kernels() -> list[Program]:
+def all_kernels(arch: str = "sm_80") -> list[Program]:
     """Of every .cu file, compiled once; nvcc and g++ of two files run side by side."""
     with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(translated, SOURCES))
+        texts = list(pool.map(lambda source: translated(source, arch), SOURCES[arch]))
     return [Program(text) for text in texts]
 
 
 class CpuMachine:
     device_type = "cpu"
 
-    def __init__(self, multiprocessors: int = 2):
-        self.multiprocessors = multiprocessors
+    def __init__(self, multiprocessors: int = 2, capability: tuple[int, int] = (8, 0)):
+        self.multiprocessors, self._capability = multiprocessors, capability
 
     def capability(self):
-        return 8, 0
+        return self._capability
 
     def queue(self, device):
-        return cuda.Queue(0, self.multiprocessors, False, 0)
+        return cuda.Queue(0, self.multiprocessors, self._capability >= (9, 0), 0)
 
     def capturing(self):
         return False
@@ -104,10 +107,12 @@ class OnCpu:
     `instead` names the kernels of `programs` that run in place of others.
     """
 
-    def __init__(self, programs: list[Program], multiprocessors=2, seed=0, limit_s=60.0, instead=None):
+    def __init__(
+        self, programs: list[Program], multiprocessors=2, seed=0, limit_s=60.0, instead=None, capability=(8, 0)
+    ):
         self.programs = {name: program for program in programs for name in program.names}
         self.instead = instead or {}
-        self.machine, self.seed, self.limit_s = CpuMachine(multiprocessors), seed, limit_s
+        self.machine, self.seed, self.limit_s = CpuMachine(multiprocessors, capability), seed, limit_s
         self.launched: list[str] = []
 
     def __enter__(self):
@@ -167,6 +172,8 @@ class OnCpu:
                 raise FAULTS["BadLaunch"](f"no PTX of kernel {name}")
             memory = self.memory(name)
             program = self.programs[self.instead.get(name, name)]
+            static = program.record(self.instead.get(name, name)).static_shared
+            assert static <= 1 << 10, f"kernel {name} declares {static} bytes, of 48 KB runtime.cu leaves it 1 KB"
             report = program.launch(
                 self.instead.get(name, name),
                 tuple(one.grid),
@@ -176,6 +183,8 @@ class OnCpu:
                 memory,
                 self.seed,
                 self.limit_s,
+                # Only weights and biases may be read while the kernel before still runs.
+                {row[2] for row in memory} - set(self.prepared.tensors) if one.overlap else (),
             )
             outs = [row for row in memory if row[3] is Out]
             unwritten = [count for row, count in zip(outs, report.unwritten) if row[2] == "y"]

@@ -141,7 +141,7 @@ def test_counters_made_while_a_graph_is_captured_are_that_graphs(programs):
 
 def test_refusals_are_sentences(monkeypatch):
     problem = Problem(1, 64, 64, E2M1, E2M1, device="cuda")
-    gemv, sm80 = cuda.KERNELS
+    gemv, _, sm80 = cuda.KERNELS
     assert "tensors are on cpu" in gemv.refusal(Problem(1, 64, 64, E2M1, E2M1))
     capability = {"value": None}
     monkeypatch.setattr(cuda.machine, "capability", lambda: capability["value"], raising=False)

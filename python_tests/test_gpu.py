@@ -8,7 +8,7 @@ from test_dynamic import INTEGER_ACTIVATIONS, dynamic_packed, wild_x
 from llmfp4_kernels import FP4Linear, native, reference
 from llmfp4_kernels.backends import cuda, cuda_options
 from llmfp4_kernels.errors import BadInput
-from llmfp4_kernels.formats import E1M2, E2M1, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic
+from llmfp4_kernels.formats import E1M2, E2M1, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic, element
 from llmfp4_kernels.problem import Problem
 
 WHY_NOT = "there is no GPU that torch can use" if not torch.cuda.is_available() else native.problem_with_cuda()
@@ -94,6 +94,21 @@ def test_groups_of_integers(group):
         bound = rounding(x, packed, bias, -(-k // min(group[1], 64)) + 64) + half_ulp * exact.abs()
         names = [name for name, y in runs(packed, x, bias) if ((y.double() - exact).abs() <= bound).all()]
         assert names == (["cuda.gemv", "cuda.sm80"] if m <= 16 else ["cuda.sm80"]), (m, n, k)
+
+
+def test_e4m3_activations():
+    """Hopper keeps about 14 bits within 128 inputs of such a sum: 2^-13 of Σ|x·w| in each of four steps."""
+    from test_cuda_sm90 import e4m3_exact_and_bound
+
+    for i, (m, n, k) in enumerate(SHAPES):
+        packed, x = (
+            random_packed(n, k, list(FP4_ELEMENTS.values())[i % 3], element("e4m3")),
+            random_x(m, k, DTYPES[i % 3]),
+        )
+        exact, bound = e4m3_exact_and_bound(packed, x)
+        absolute = reference.round_activation(x, packed, torch.float64).abs() @ reference.stored_weight(packed).abs().T
+        for name, y in runs(packed, x):
+            assert ((y.double() - exact).abs() <= bound + 2.0**-11 * absolute).all(), (name, m, n, k)
 
 
 def test_graphs_replay_and_streams_do_not_meet():

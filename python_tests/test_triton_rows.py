@@ -110,6 +110,7 @@ def test_forcing_a_row_raises_its_refusal(monkeypatch):
 
 def test_a_forced_row_decides_the_layout(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
+    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0))
     assert layout_for(PROBLEM) == "units"
     monkeypatch.setenv(FORCE, "triton.gemm")
     assert layout_for(PROBLEM) == "pairs"

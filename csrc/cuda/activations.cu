@@ -18,6 +18,7 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
     q.x = call.x, q.dtype = call.dtype;
     q.m = call.m, q.k = w.k, q.padded_k = padded_k, q.planes = plan.planes;
     q.out = call.workspace;
+    q.blocked_rows = plan.blocked_rows;
     q.x_scale = reinterpret_cast<float*>(call.workspace + plan.x_bytes);
     q.shift = a.shift, q.x_factor = a.x_factor;
     q.static_scale = a.x_scale;
@@ -25,9 +26,11 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
     q.shift_top = plan.inputs == Inputs::shifted ? top : 0;
     q.group_size = a.group_size;
     q.form = plan.inputs == Inputs::packed     ? Form::codes
+             : plan.blocked_rows               ? Form::blocked
              : w.scale_kind != ScaleKind::none ? Form::transposed
                                                : Form::integers;
     q.set_element(a.element);
+    if (a.fp8()) q.fp8 = true, q.integer_scale = fp8_part, q.unit = 1.0f / fp8_part;
     const int chunks = padded_k / chunk_k, whole_warps = (chunks + warp_size - 1) / warp_size * warp_size;
     const int threads = whole_warps < quantize_threads_limit ? whole_warps : quantize_threads_limit;
     start("quantize_activations", quantize_activations, call.m, 1, 1, threads, 0, false, call.queue, q);
@@ -43,12 +46,13 @@ static void make_parts(const Weight& w, const Activations& a, const Plan& plan, 
                   padded_k,
                   plan.planes,
                   reinterpret_cast<uint16_t*>(call.workspace),
+                  plan.blocked_rows,
                   plan.inputs == Inputs::shifted ? a.x_factor : nullptr};
     start("split_activations", split_activations, call.m, blocks, 1, threads, 0, false, call.queue, q);
 }
 
 void make_operands(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
-    if (a.integer())
+    if (a.quantized())
         make_integers(w, a, plan, call);
     else if (!plan.direct)
         make_parts(w, a, plan, call);

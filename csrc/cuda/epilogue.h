@@ -13,8 +13,7 @@ struct Output {
     int m, n;
     const float* row_scale;  // [n]
     const float* bias;       // [n] or null
-    const float* x_scale;    // [m]: what one unit of an integer sum is worth, NaN for a token with NaN or Inf; null for
-                             // floats
+    const float* x_scale;    // [m]: what one unit of a sum is worth, NaN for a token with NaN or Inf; null: 1
     int planes;              // of activations: row planes·m + p of the products is plane p of token m
     int splits;              // blocks that share a sum over k
     void* partial;           // [splits][planes · m][n], only with splits > 1

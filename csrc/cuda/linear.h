@@ -24,7 +24,7 @@ struct Weight {
     int groups() const { return group_size ? int((UnitLayout{n, k}.padded_k() + group_size - 1) / group_size) : 0; }
 };
 
-// What the activations become. Integers of `element`, or, without one (0 exponent bits), 16-bit floats.
+// What the activations become. Integers of `element`, E4M3 as it is, or, without one (0 exponent bits), 16-bit floats.
 struct Activations {
     Element element;
     float x_scale;          // of integers; 0: dynamic
@@ -32,12 +32,15 @@ struct Activations {
     const uint8_t* shift;   // of static integers, or of floats that have no other factor: [padded k] or null
     const float* x_factor;  // [padded k] or null; for floats with 2^-shift in it
 
-    bool integer() const { return element.exponent_bits > 0; }
+    bool fp8() const { return element.exponent_bits == 4 && element.mantissa_bits == 3; }
+    bool quantized() const { return element.exponent_bits > 0; }  // to bytes, with a scale per token
+    bool integer() const { return quantized() && !fp8(); }
     int top_shift() const { return shift ? element.max_shift() : 0; }
     // What is left where the weights take the shift.
     Activations unshifted() const { return {element, x_scale, group_size, nullptr, integer() ? x_factor : nullptr}; }
     // Rows of operands that a row of x becomes: see quantize.h and split.h.
     int planes(Dtype dtype) const {
+        if (fp8()) return 1;
         if (integer()) return element.max_integer() << top_shift() > 127 ? 2 : 1;
         return dtype == Dtype::f32 ? 4 : x_factor ? 2 : 1;
     }
@@ -54,7 +57,9 @@ enum class Inputs { shifted, plain, packed };
 struct Plan {
     int kernel;        // index into the family's instances
     int planes, rows;  // of activation operands: rows = planes · m
+    bool exact;        // sums are integers
     bool direct;       // x itself is the operand
+    int blocked_rows;  // of operands in the order of blocks.h; 0: they are in row order
     Inputs inputs;
     bool narrow;           // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
     uint32_t grid[3];      // of the product
@@ -81,8 +86,10 @@ constexpr int gemv_rows_limit = 16;
 // Grid and kernel for plan.rows rows; with_operands has filled in the rest.
 void plan_gemv(const Weight&, int multiprocessors, Plan&);
 void plan_gemm_sm80(const Weight&, int multiprocessors, Plan&);
+void plan_gemm_sm90(const Weight&, int multiprocessors, Plan&);
 void gemv(const Weight&, const Activations&, const Plan&, const Call&);
 void gemm_sm80(const Weight&, const Activations&, const Plan&, const Call&);
+void gemm_sm90(const Weight&, const Activations&, const Plan&, const Call&);
 
 // x → operands in the workspace, unless it is one itself.
 void make_operands(const Weight&, const Activations&, const Plan&, const Call&);
@@ -111,23 +118,29 @@ struct Family {
         plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
         plan.rows = plan.planes * m;
         plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !a.integer());
-        plan.direct = !a.integer() && plan.planes == 1 && w.k % 8 == 0;
+        plan.exact = a.integer();
+        plan.direct = !a.quantized() && plan.planes == 1 && w.k % 8 == 0;
         share(w, multiprocessors, plan);
         const size_t padded_k = UnitLayout{w.n, w.k}.padded_k();
-        const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.integer() ? 1 : 2);
-        plan.x_bytes = plan.direct ? 0 : round_up(plan.rows * row_bytes, 256);
-        plan.scale_bytes = a.integer() ? round_up(size_t(m) * sizeof(float), 256) : 0;
+        const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
+        plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);
+        plan.scale_bytes = a.quantized() ? round_up(size_t(m) * sizeof(float), 256) : 0;
         plan.partial_bytes = plan.splits > 1 ? size_t(plan.splits) * plan.rows * w.n * 4 : 0;
         return plan;
     }
 };
 
 inline const Family& family_named(const std::string& name) {
-    static const Family families[] = {{"gemv", plan_gemv, gemv, Inputs::shifted},
-                                      {"sm80", plan_gemm_sm80, gemm_sm80, Inputs::shifted},
-                                      {"gemv-weight-shift", plan_gemv, gemv, Inputs::plain},
-                                      {"sm80-weight-shift", plan_gemm_sm80, gemm_sm80, Inputs::plain},
-                                      {"sm80-packed", plan_gemm_sm80, gemm_sm80, Inputs::packed}};
+    static const Family families[] = {
+        {"gemv", plan_gemv, gemv, Inputs::shifted},
+        {"sm80", plan_gemm_sm80, gemm_sm80, Inputs::shifted},
+        {"gemv-weight-shift", plan_gemv, gemv, Inputs::plain},
+        {"sm80-weight-shift", plan_gemm_sm80, gemm_sm80, Inputs::plain},
+        {"sm80-packed", plan_gemm_sm80, gemm_sm80, Inputs::packed},
+#if LLMFP4_SM90
+        {"sm90", plan_gemm_sm90, gemm_sm90, Inputs::shifted},
+#endif
+    };
     for (const Family& family : families)
         if (name == family.name) return family;
     throw std::invalid_argument("no CUDA kernel is called '" + name + "'");

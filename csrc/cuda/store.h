@@ -1,13 +1,18 @@
-// What quantization writes: integers, integers in decode_grouped.h's order, or codes in decode_shift.h's.
+// What quantization writes: integers, integers in decode_grouped.h's order, codes in decode_shift.h's, or integers and
+// E4M3 in blocks.h's.
 #pragma once
-#include "../core/units.h"
+#include "blocks.h"
 #include "device.h"
 
 namespace llmfp4::cuda {
 
 constexpr int chunk_k = 16, quantize_threads_limit = 512, plane_limit = 64, plane_unit = 128;
 
-enum class Form : int { integers, transposed, codes };
+// E4M3 operands are halves: the element's largest value, 480, is a NaN in the tensor core's E4M3, 240 is not. What that
+// costs: of multiples of 2^-9 below 2^-5, odd ones become the even neighbour.
+constexpr float fp8_part = 0.5f;
+
+enum class Form : int { integers, transposed, codes, blocked };
 
 struct Quantize {
     const void* x;  // [m, k] contiguous
@@ -15,6 +20,8 @@ struct Quantize {
     int m, k, padded_k, planes;
     char* out;  // int8 [planes · m, padded_k]; row planes·m + p is plane p of token m; codes: half of it
     Form form;
+    int blocked_rows;              // of blocked operands
+    bool fp8;                      // operands are bytes of E4M3, not integers
     float* x_scale;                // [m]
     const uint8_t* shift;          // [padded_k] or null
     const float* x_factor;         // [padded_k] or null
@@ -42,6 +49,12 @@ __device__ inline uint32_t pack_bytes(int a, int b, int c, int d) {
 __device__ inline void store_plane(const Quantize& q, int row, int k0, const int (&v)[chunk_k]) {
     const uint4 bytes{pack_bytes(v[0], v[1], v[2], v[3]), pack_bytes(v[4], v[5], v[6], v[7]),
                       pack_bytes(v[8], v[9], v[10], v[11]), pack_bytes(v[12], v[13], v[14], v[15])};
+    if (q.form == Form::blocked) {
+        uint32_t* word = reinterpret_cast<uint32_t*>(q.out + block_at(q.blocked_rows, 1, row, k0));
+        word[0] = bytes.x, word[block_words] = bytes.y, word[2 * block_words] = bytes.z,
+        word[3 * block_words] = bytes.w;
+        return;
+    }
     char* to = q.out + size_t(row) * q.padded_k;
     if (q.form == Form::integers) {
         *reinterpret_cast<uint4*>(to + k0) = bytes;
@@ -70,6 +83,14 @@ __device__ inline void store_codes(const Quantize& q, int row, int k0, const flo
     *reinterpret_cast<uint2*>(q.out + (size_t(row) * q.padded_k + k0) / 2) = uint2{words[0], words[1]};
 }
 
+// A multiple of 2^-10 that E4M3 holds, or lies between two of its subnormals: the byte, ties to even.
+__device__ inline int e4m3_byte(float v) {
+    const uint32_t magnitude = bits_of(v) & 0x7fffffffu, smallest_normal = 121u << 23;
+    const uint32_t byte = magnitude >= smallest_normal ? (magnitude >> 20) - (120u << 3)
+                                                       : uint32_t(truncate(nearest_even(mul(fabsf(v), 512.0f))));
+    return int(byte | bits_of(v) >> 31 << 7);
+}
+
 // An integer beyond int8 is split into planes, low + 128 · high. Only E3M0 with a shift needs two: its values are
 // single powers of two up to 64·2^7, so one plane of each is zero and both fit.
 __device__ inline void store_integers(const Quantize& q, int token, int k0, const float (&v)[chunk_k]) {
@@ -77,7 +98,7 @@ __device__ inline void store_integers(const Quantize& q, int token, int k0, cons
     int low[chunk_k], high[chunk_k];
 #pragma unroll
     for (int i = 0; i < chunk_k; ++i) {
-        const int integer = truncate(v[i]);
+        const int integer = q.fp8 ? e4m3_byte(v[i]) : truncate(v[i]);
         const bool large = q.planes == 2 && (integer > plane_limit || integer < -plane_limit);
         low[i] = large ? 0 : integer, high[i] = large ? integer / plane_unit : 0;
     }

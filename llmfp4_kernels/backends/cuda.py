@@ -17,6 +17,7 @@ from ..formats import E8M0, Element
 from ..layout import to_layout
 from ..packed import PackedFP4
 from ..problem import Kernel, Problem
+from . import cuda_sm90
 from .cpu import largest_k
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -211,13 +212,14 @@ def refusal(name: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
-    why = _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
+    fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
+    why = None if fp8 else _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
     if why:
         return why
     rows = problem.m * planes(problem)
     if name == "gemv" and rows > GEMV_ROWS:
         return f"{rows} rows of activations are more than {GEMV_ROWS}, which its registers hold"
-    return None
+    return cuda_sm90.refusal(problem, machine.capability()) if name == "sm90" else None
 
 
 def _refusal_of_integers(problem: Problem) -> str | None:
@@ -241,5 +243,5 @@ def _refusal_of_groups(problem: Problem) -> str | None:
 
 
 KERNELS = tuple(
-    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared) for name in ("gemv", "sm80")
+    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared) for name in ("gemv", "sm90", "sm80")
 )

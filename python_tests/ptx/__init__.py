@@ -111,14 +111,17 @@ class Program:
         pointers = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(v) for v in values))
         return self.start(record, grid, block, shared, pointers, outs, seed, limit_s)
 
-    def launch(self, kernel: str, grid, block, shared: int, parameters, memory, seed=0, limit_s=30.0) -> Report:
+    def launch(
+        self, kernel: str, grid, block, shared: int, parameters, memory, seed=0, limit_s=30.0, late=()
+    ) -> Report:
         """One launch as a CUDA launcher is asked for it. `parameters` is a C array of addresses of parameters,
-        `memory` what exists: (address, bytes, name, In | Out | None for both)."""
+        `memory` what exists: (address, bytes, name, In | Out | None for both). Kernels before may still be writing what
+        is named in `late`: it may be touched after griddepcontrol.wait only."""
         record, outs = self.record(kernel), []
         self.machine.ptx_forget_memory()
         for i, (address, bytes, name, mode) in enumerate(memory):
             at = ctypes.c_void_p(address), ctypes.c_size_t(bytes)
-            self.machine.ptx_memory(*at, name.encode(), MODES.get(mode, 0))
+            self.machine.ptx_memory(*at, name.encode(), MODES.get(mode, 0), ctypes.c_bool(name in late))
             outs += [i] if mode is Out else []
         return self.start(record, grid, block, shared, parameters, outs, seed, limit_s)
 
@@ -159,18 +162,19 @@ class Program:
             if bytes:
                 name = f"argument {i}".encode()
                 mode = 1 if isinstance(a, TensorMap) else MODES.get(type(a), 0)
-                self.machine.ptx_memory(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(bytes), name, mode)
+                at = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(bytes)
+                self.machine.ptx_memory(*at, name, mode, ctypes.c_bool(False))
                 outs += [count] if isinstance(a, Out) else []
                 count += 1
         return outs
 
 
 class Extent(ctypes.Structure):
-    _fields_ = [("offset", ctypes.c_uint32), ("bytes", ctypes.c_uint32)]  # Param of machine.h
+    _fields_ = [("offset", ctypes.c_uint32), ("bytes", ctypes.c_uint32)]  # Param of state.h
 
 
 class KernelRecord(ctypes.Structure):
-    """Kernel of machine.h, as far as it is read here."""
+    """Kernel of state.h, as far as it is read here."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),

@@ -28,7 +28,7 @@ FLAGS = [
     "-fno-stack-protector",
     "-w",
 ]
-SOURCES = ("schedule", "memory", "barriers", "copies", "matrices", "wgmma")
+SOURCES = ("schedule", "shared", "memory", "barriers", "copies", "matrices", "wgmma")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// Shared and global memory: bounds, alignment, initialisation, and order of accesses.
+// Global memory: bounds, alignment, initialisation, order of accesses within a block, between blocks and kernels.
 #include <algorithm>
 
 #include "machine.h"
@@ -8,104 +8,6 @@ static std::vector<Allocation> allocations;
 static size_t last_found;
 static std::unordered_map<u64, std::vector<Published>> released;  // by address of the atomic
 
-static const char* verb(Access access) {
-    return access == WRITE         ? "write"
-           : access == ATOMIC      ? "atomic access"
-           : access == ATOMIC_READ ? "atomic read"
-                                   : "read";
-}
-
-static std::string who(u32 thread, u32 site) {
-    if (thread == 0xFFFF) return "an asynchronous copy";
-    return "thread " + std::to_string(thread) + " at " + describe(site);
-}
-
-// ---- shared memory
-static bool ordered(Thread& T, u32 thread, u32 clock) {
-    if (thread == 0xFFFF) return T.seen.t[TMA_AGENT] >= clock;
-    int warp = int(thread >> 5);
-    if (warp != T.warp) return T.seen.t[warp] >= clock;
-    return thread == u32(T.index) || clock < B.clock[warp];
-}
-
-static void check_state(Thread& T, u32 at, Access access) {
-    u32 address = at + SHARED_BASE;
-    if (B.state[at] & COPY_IN_FLIGHT)
-        fail(T, "MissingWait",
-             "shared %s at 0x%x while an asynchronous copy into it is in flight; the copy was issued by %s",
-             verb(access), address, who(B.written[at].thread, B.written[at].site).c_str());
-    if (B.state[at] & IS_MBARRIER)
-        fail(T, "Misuse", "ordinary %s of an mbarrier object at 0x%x", verb(access), address);
-    if (access == WRITE && B.wgmma_reads[at >> 4])
-        fail(T, "MissingWait", "shared write at 0x%x while a wgmma that reads it is in flight", address);
-}
-
-static void check_after_write(Thread& T, u32 at, Access access) {
-    SharedMark& w = B.written[at];
-    u32 address = at + SHARED_BASE;
-    if (w.clock < B.first_clock) {
-        if (access != WRITE)
-            fail(T, "Uninitialised", "shared %s at 0x%x, which no thread of the block has written", verb(access),
-                 address);
-        return;
-    }
-    if (w.atomic && (access == ATOMIC || access == ATOMIC_READ)) return;
-    if (!ordered(T, w.thread, w.clock))
-        fail(T, "Race", "shared %s at 0x%x is not ordered after the write by %s%s", verb(access), address,
-             who(w.thread, w.site).c_str(), int(w.thread >> 5) == T.warp ? " (same warp, no __syncwarp between)" : "");
-}
-
-static void check_after_reads(Thread& T, u32 at, Access access) {
-    const ReadMark* r = &B.read[size_t(at) * B.warps];
-    for (int w = 0; w < B.warps; w++)
-        if (r[w].clock >= B.first_clock && w != T.warp && r[w].clock > T.seen.t[w])
-            fail(T, "Race", "shared %s at 0x%x is not ordered after the read by %s", verb(access), at + SHARED_BASE,
-                 who(w * 32 + r[w].lane, r[w].site).c_str());
-}
-
-void check_shared(Thread& T, u32 address, u32 bytes, Access access, u32 align) {
-    if (address < SHARED_BASE || address - SHARED_BASE + u64(bytes) > B.shared_bytes)
-        fail(T, "OutOfBounds", "shared %s of %u bytes at 0x%x; the block's %u bytes lie at 0x%x to 0x%x", verb(access),
-             bytes, address, B.shared_bytes, SHARED_BASE, SHARED_BASE + B.shared_bytes);
-    if (address % align)
-        fail(T, "Misaligned", "shared %s of %u bytes at 0x%x, not a multiple of %u", verb(access), bytes, address,
-             align);
-    B.accesses++;
-    u32 now = B.clock[T.warp];
-    for (u32 at = address - SHARED_BASE, end = at + bytes; at < end; at++) {
-        if (B.state[at] || B.wgmma_reads[at >> 4]) check_state(T, at, access);
-        check_after_write(T, at, access);
-        if (access == ATOMIC_READ) continue;
-        if (access == READ) {
-            B.read[size_t(at) * B.warps + T.warp] = {now, T.site, u16(T.lane)};
-            continue;
-        }
-        check_after_reads(T, at, access);
-        B.written[at] = {now, T.site, u16(T.index), access == ATOMIC};
-    }
-}
-
-void mark_written(u32 address, u32 bytes, u32 clock, u16 thread, u32 site) {
-    for (u32 at = address - SHARED_BASE; at < address - SHARED_BASE + bytes; at++) {
-        B.state[at] &= u8(~COPY_IN_FLIGHT);
-        B.written[at] = {clock, site, thread, false};
-    }
-}
-
-u8* shared(Thread& T, u32 address, u32 bytes, Access access) {
-    check_shared(T, address, bytes, access, bytes);
-    return B.shared + (address - SHARED_BASE);
-}
-
-u64 generic_of_shared(u64 address) { return (u64)B.shared + u32(address) - SHARED_BASE; }
-
-u64 shared_of_generic(Thread& T, u64 address) {
-    if (address < (u64)B.shared || address > (u64)B.shared + B.shared_bytes)
-        fail(T, "OutOfBounds", "cvta.to.shared of 0x%llx, which is no shared address", (unsigned long long)address);
-    return address - (u64)B.shared + SHARED_BASE;
-}
-
-// ---- global memory
 static Allocation* find(u64 address) {
     auto holds = [&](const Allocation& a) { return address >= (u64)a.base && address < (u64)a.base + a.bytes; };
     if (last_found < allocations.size() && holds(allocations[last_found])) return &allocations[last_found];
@@ -163,6 +65,17 @@ static void check_mark(Thread& T, const Allocation& a, size_t at, Access access,
         fail(T, "Uninitialised", "global read of byte %zu of output %s before any write", at, name);
 }
 
+static bool after_grid_wait(Thread& T) {
+    for (int w = 0; w < B.warps && !T.saw_grid_end; w++)
+        if (B.grid_wait[w] && T.seen.t[w] >= B.grid_wait[w]) return true;
+    return T.saw_grid_end;
+}
+
+void wait_for_grid(Thread& T) {
+    T.saw_grid_end = true;
+    if (!B.grid_wait[T.warp]) B.grid_wait[T.warp] = ++B.clock[T.warp];
+}
+
 u8* global(Thread& T, u64 address, u32 bytes, Access access, u32 align) {
     if (address % align)
         fail(T, "Misaligned", "global %s of %u bytes at 0x%llx, not a multiple of %u", verb(access), bytes,
@@ -172,6 +85,10 @@ u8* global(Thread& T, u64 address, u32 bytes, Access access, u32 align) {
     B.accesses++;
     bool writes = access == WRITE || access == ATOMIC;
     size_t begin = address - (u64)a->base;
+    if (a->late && !after_grid_wait(T))
+        fail(T, "MissingWait",
+             "global %s of byte %zu of %s, where the kernel before may be at work, before griddepcontrol.wait",
+             verb(access), begin, a->name.c_str());
     if (a->mode == IN) {
         if (writes)
             fail(T, "OutOfBounds", "global %s of byte %zu of %s, which is an input", verb(access), begin,
@@ -260,7 +177,7 @@ void begin_launch_memory() {
     while (!allocations.empty() && allocations.back().name[0] == '.') allocations.pop_back();
     for (u32 i = 0; i < B.kernel->variables; i++) {
         const Variable& v = B.kernel->variable[i];
-        allocations.push_back({(u8*)v.base, v.bytes, std::string(".") + v.name, v.constant ? IN : IN_OUT, {}});
+        allocations.push_back({(u8*)v.base, v.bytes, std::string(".") + v.name, v.constant ? IN : IN_OUT, false, {}});
     }
     for (Allocation& a : allocations) {
         if (a.mode != IN) a.marks.assign(a.bytes, {});
@@ -276,8 +193,8 @@ size_t unwritten_bytes(size_t allocation) {
 
 extern "C" {
 void ptx_forget_memory() { ptx::allocations.clear(); }
-void ptx_memory(void* base, size_t bytes, const char* name, int mode) {
-    ptx::allocations.push_back({(ptx::u8*)base, bytes, name, mode, {}});
+void ptx_memory(void* base, size_t bytes, const char* name, int mode, bool late) {
+    ptx::allocations.push_back({(ptx::u8*)base, bytes, name, mode, late, {}});
 }
 size_t ptx_unwritten(size_t allocation) { return ptx::unwritten_bytes(allocation); }
 }

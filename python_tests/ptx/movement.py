@@ -124,12 +124,15 @@ def async_proxy_fence(f, m):
     return "proxy_fence(T);"
 
 
-@instruction(
-    r"prefetch(?:u)?(?:\.global)?\.(?:L1|L2)(?:::evict_\w+)?|griddepcontrol\.(?:wait|launch_dependents)|nanosleep\.u32"
-)
+@instruction(r"prefetch(?:u)?(?:\.global)?\.(?:L1|L2)(?:::evict_\w+)?|griddepcontrol\.launch_dependents|nanosleep\.u32")
 @instruction(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32|wgmma\.fence\.sync\.aligned|prefetch\.tensormap")
 def hint(f, m, *operands):
     return ";"
+
+
+@instruction(r"griddepcontrol\.wait")
+def grid_wait(f, m):
+    return f.at() + "wait_for_grid(T);"
 
 
 @instruction(r"createpolicy\.fractional\.L2::\w+(?:\.L2::\w+)?\.b64")

@@ -148,7 +148,7 @@ static void prepare_thread(int i) {
     Thread& T = B.thread[i];
     T.index = i, T.lane = i & 31, T.warp = i >> 5;
     T.tid[0] = i % B.ntid[0], T.tid[1] = i / B.ntid[0] % B.ntid[1], T.tid[2] = i / (B.ntid[0] * B.ntid[1]);
-    T.done = false, T.waits_for = nullptr, T.site = T.steps = 0, T.has_fenced = false;
+    T.done = false, T.waits_for = nullptr, T.site = T.steps = 0, T.has_fenced = T.saw_grid_end = false;
     memset(&T.seen, 0, sizeof T.seen);
     T.proxy_seen = T.fenced = T.seen;
     T.unfenced.clear(), T.open_copies.clear(), T.copy_groups.clear();
@@ -168,6 +168,7 @@ static void prepare_block() {
     B.first_clock = first;
     B.live = B.threads;
     memset(B.shared, 0xFF, B.shared_bytes);
+    memset(B.grid_wait, 0, sizeof B.grid_wait);
     std::fill(B.state.begin(), B.state.end(), 0);
     std::fill(B.wgmma_reads.begin(), B.wgmma_reads.end(), 0);
     B.mbarrier.clear(), B.tma.clear(), B.acquired.clear();

@@ -1,0 +1,75 @@
+"""Planted bugs in cuda.sm90's kernels: each is caught, by name, on the PTX machine through the real Python path."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import random_packed, random_x, same_bits
+from cuda_mutants import ptx_of
+from cuda_mutants_sm90 import FP8, GROUPED, INSTANCES, MUTANTS, OF, SPLIT, WIDE
+from cuda_on_cpu import OnCpu, all_kernels
+from ptx import FAULTS, Program, missing
+
+from llmfp4_kernels import native, reference
+from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, element
+
+WHY_NOT = missing() or native.problem_with_cuda()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with ThreadPoolExecutor(2) as pool:
+        numbers = (range(0, len(MUTANTS), 2), range(1, len(MUTANTS), 2))
+        halves = list(pool.map(lambda half: ptx_of(half, "sm_90a", **OF), numbers))
+    return [*all_kernels("sm_90a"), *map(Program, halves)]
+
+
+def problems(kernel):
+    """(packed, x, bias, multiprocessors) that reach every line: ragged in m, n and k, more units than stages, k split
+    over blocks, two planes, several tiles of rows."""
+    if kernel in (SPLIT, GROUPED):
+        packed, x = random_packed(100, 1300, E2M1, scale=E4M3, group_size=16), random_x(20, 1300, torch.float16) / 64
+        yield packed, x, None, 1
+        return
+    if kernel == FP8:
+        yield random_packed(100, 1300, E2M1, element("e4m3")), random_x(20, 1300), None, 1
+        return
+    if kernel == WIDE:
+        yield random_packed(70, 130, E2M1, E2M1, True), random_x(140, 130), None, 8
+        return
+    yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300, torch.bfloat16), torch.randn(150), 1
+    yield random_packed(152, 130, E2M1, E2M1, True), random_x(20, 130, torch.float16), torch.randn(152), 1
+    yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300), None, 8
+    yield random_packed(70, 130, E2M1, E3M0, True), random_x(15, 130), None, 1
+
+
+def outcome(kernel, instead, programs):
+    for packed, x, bias, multiprocessors in problems(kernel):
+        expected = reference.gemm(x, packed, bias).to(x.dtype)
+        for seed in (0, 1):
+            with OnCpu(programs, multiprocessors, seed, limit_s=20, instead=instead, capability=(9, 0)) as gpu:
+                y = gpu.run(cuda.Prepared(packed, bias), "cuda.sm90", x)
+                assert kernel in gpu.launched
+            near = 1e-2 * expected.abs().max().item()
+            alike = torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=near)
+            if not (same_bits(y, expected) if packed.integer else alike):
+                return "wrong values", ""
+    return "right values", ""
+
+
+@pytest.mark.parametrize("kernel", INSTANCES)
+def test_without_a_bug_the_values_are_right(kernel, programs):
+    assert outcome(kernel, {}, programs)[0] == "right values"
+
+
+@pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[f"{m[1]}: {m[2]}" for m in MUTANTS])
+def test_planted_bug_is_caught_by_name(programs, i):
+    kernel, _, _, _, _, expected = MUTANTS[i]
+    try:
+        found, text = outcome(kernel, {kernel: f"mutant_{i}"}, programs)
+    except tuple(FAULTS.values()) as fault:
+        found, text = type(fault).__name__, str(fault)
+        assert text.startswith(f"kernel mutant_{i}, block (") and "PTX line" in text
+    assert found in expected, f"{found}: {text}"
