@@ -35,7 +35,7 @@ MUTANTS = [
     (GEMM, "gemm_sm90.h", "the edge of strips is not tested", "min(share.strip0 + lane, p.strips - 1)", "share.strip0 + lane", "OutOfBounds"),
     (GEMM, "gemm_sm90.h", "every lane copies codes", "        if (lane >= sm90_warps) return;\n", "", "OutOfBounds Deadlock Race MissingWait"),
     (GEMM, "gemm_sm90.h", "all warps multiply one strip", "stage + warp * unit_bytes)", "stage)", WRONG),
-    (WIDE, "gemm_sm90.h", "x of the first rows in every block", " + share.row0 / block_rows * T::row8_bytes", "", WRONG),
+    (WIDE, "gemm_sm90.h", "x of the first rows in every block", " + size_t(share.row0 / block_rows) * T::row8_bytes", "", WRONG),
     (WIDE, "gemm_sm90.h", "units of x follow too soon", "p.rows / block_rows * size_t(T::row8_bytes)", "size_t(T::x_bytes)", WRONG),
     (GEMM, "gemm_sm90.h", "rows of x are half as far apart", "T::x_at, T::row8_bytes)", "T::x_at, T::row8_bytes / 2)", WRONG),
     (GEMM, "gemm_sm90.h", "products read the same half of a unit", "x = blocks_after(x, 2 * block_bytes);", "", WRONG),

@@ -66,11 +66,12 @@ __device__ inline float widen(uint16_t v, Dtype dtype) {
 __device__ inline bool is_finite(float v) { return (bits_of(v) & 0x7f800000u) != 0x7f800000u; }
 
 __device__ inline uint16_t nearest_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+__device__ inline uint16_t nearest_fp16(float v) { return __half_as_ushort(__float2half_rn(v)); }
 
 __device__ inline void store_rounded(void* y, Dtype dtype, size_t at, float v) {
     if (dtype == Dtype::f32) static_cast<float*>(y)[at] = v;
     if (dtype == Dtype::bf16) static_cast<uint16_t*>(y)[at] = nearest_bf16(v);
-    if (dtype == Dtype::f16) static_cast<uint16_t*>(y)[at] = __half_as_ushort(__float2half_rn(v));
+    if (dtype == Dtype::f16) static_cast<uint16_t*>(y)[at] = nearest_fp16(v);
 }
 
 // ---- memory

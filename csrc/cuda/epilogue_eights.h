@@ -10,7 +10,7 @@ __device__ inline bool takes_eights(const Output& out) {
 
 __device__ inline uint32_t rounded_pair(float low, float high, Dtype dtype) {
     if (dtype == Dtype::bf16) return nearest_bf16(low) | uint32_t(nearest_bf16(high)) << 16;
-    return __half_as_ushort(__float2half_rn(low)) | uint32_t(__half_as_ushort(__float2half_rn(high))) << 16;
+    return nearest_fp16(low) | uint32_t(nearest_fp16(high)) << 16;
 }
 
 __device__ inline void store_eight(void* y, Dtype dtype, size_t at, const float (&v)[8]) {

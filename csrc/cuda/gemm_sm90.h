@@ -138,7 +138,7 @@ __device__ inline void bring(const Product<Operand>& p, const ShareSm90<T>& shar
     };
     auto fetch_x = [&](int i) {
         const size_t unit_stride = p.rows / block_rows * size_t(T::row8_bytes);
-        const char* rows = p.x + (share.begin + i) * unit_stride + share.row0 / block_rows * T::row8_bytes;
+        const char* rows = p.x + (share.begin + i) * unit_stride + size_t(share.row0 / block_rows) * T::row8_bytes;
         if (lane == 0) copy_bulk(share.stage_of(i) + T::x_at, rows, T::x_bytes, &share.full[i % T::stages]);
     };
     // Weights of the first stages are fetched before x, which the kernel before may still be writing.
