@@ -81,21 +81,12 @@ inline int rows_of_block(size_t row_bytes) {
 
 template <class F>
 inline void for_blocks(const Weights& w, const Call& call, size_t row_bytes, F&& task) {
-    const int rows = rows_of_block(row_bytes);
-    const int tiles = int(w.at.tiles_n());
-    const long blocks_m = (call.m + rows - 1) / rows, blocks_n = (tiles + amx_panel_tiles - 1) / amx_panel_tiles;
-    parallel_ranges(useful_threads(w, call), blocks_m * blocks_n, [&](long begin, long end) {
-        const TileSession session;
-        for (long i = begin; i < end; ++i) {
-            const int m0 = int(i / blocks_n) * rows, tile = int(i % blocks_n) * amx_panel_tiles;
-            task(m0, call.m - m0 < rows ? call.m - m0 : rows, tile,
-                 tiles - tile < amx_panel_tiles ? tiles - tile : amx_panel_tiles);
-        }
-    });
+    for_panels<TileSession>(useful_threads(w, call), call.m, rows_of_block(row_bytes), int(w.at.tiles_n()),
+                            amx_panel_tiles, task);
 }
 
-inline void integer_task(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x,
-                         const IntegerTable& table, int m0, int m, int tile, int tiles) {
+inline void integer_task(const Weights& w, const Call& call, const IntegerRows& x, const IntegerTable& table, int m0,
+                         int m, int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     const size_t plane = (size_t(m) + 15) / 16 * 16 * sums_ld;
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, x.planes * plane * sizeof(int32_t)));
@@ -141,9 +132,7 @@ inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int til
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const uint8_t* at = w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes;
-            prefetch_codes(at);
-            const Tile codes = load_tile(at);
+            const Tile codes = stream_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
             const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             uint8_t* row = panel + t * panel_stride + c * 4 * step_bytes;
             decode_pair<0, 2>(codes, table, grouped, scale, row);
@@ -176,7 +165,7 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
     const amx::IntegerRows x = amx::quantize_rows(w, a, call);
     const amx::IntegerTable table(w.element);
     amx::for_blocks(w, call, x.ld, [&](int m0, int m, int tile, int tiles) {
-        amx::integer_task(w, a, call, x, table, m0, m, tile, tiles);
+        amx::integer_task(w, call, x, table, m0, m, tile, tiles);
     });
 }
 

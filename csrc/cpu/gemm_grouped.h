@@ -49,9 +49,7 @@ inline void multiply_grouped_fused(const Weights& w, const IntegerTable& table, 
         for (size_t kt = begin; kt < end; ++kt) {
             const int8_t* xs = x.row(row) + kt * tile_k;
             each<NT>([&](int t) {
-                const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
-                prefetch_codes(at);
-                const Tile codes_16x8 = load_tile(at);
+                const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes);
                 const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
                 each<MT>(
                     [&](int i) { acc[i][t] = dot4(dot4(acc[i][t], low, xs + i * x.ld), high, xs + i * x.ld + 4); });
@@ -152,7 +150,7 @@ inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call
     if (call.m <= few_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_grouped(w, call, x, starts, int(begin), int(end)); });
-    for_panels(threads, call.m, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
+    for_panels(threads, call.m, rows_per_task, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
         many_grouped(w, call, x, starts, m0, m, tile, count, table);
     });
 }

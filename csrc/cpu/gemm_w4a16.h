@@ -58,7 +58,7 @@ inline void multiply_column(Tile codes, const FloatTable& table, const float* xs
 template <int chains, int MT>
 inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx,
                           F32 (&acc)[chains][MT]) {
-    const Tile codes = load_tile(at);
+    const Tile codes = stream_tile(at);
     multiply_column<chains, MT, 0>(codes, table, xs, ldx, acc);
     multiply_column<chains, MT, 1>(codes, table, xs, ldx, acc);
     multiply_column<chains, MT, 2>(codes, table, xs, ldx, acc);
@@ -89,7 +89,6 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
         for (size_t kt = begin; kt < end; ++kt)
             each<NT>([&](int t) {
                 const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
-                prefetch_codes(at);
                 multiply_tile<chains, MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             });
         each<NT, MT>([&](int t, int i) {
@@ -128,9 +127,7 @@ inline void decode_float_panel(const Weights& w, const FloatTable& table, int ti
     const bool grouped = w.scale_kind != ScaleKind::none;
     for (int t = 0; t < tiles; ++t)
         for (int c = 0; c < count; ++c) {
-            const uint8_t* at = w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes;
-            prefetch_codes(at);
-            const Tile codes = load_tile(at);
+            const Tile codes = stream_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
             const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
             float* out = panel + c * tile_k * k_stride + t * tile_n;
             decode_float_column<0>(codes, table, grouped, scale, out, k_stride);
@@ -198,7 +195,7 @@ inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    for_panels(threads, call.m, tiles, float_tiles,
+    for_panels(threads, call.m, rows_per_task, tiles, float_tiles,
                [&](int m0, int m, int tile, int count) { many_float(w, call, x, m0, m, tile, count, table); });
 }
 

@@ -112,9 +112,7 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
     const int8_t* xs = x.row(row);
     for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
         each<NT>([&](int t) {
-            const uint8_t* at = codes + (t * tiles_k + kt) * tile_bytes;
-            prefetch_codes(at);
-            const Tile codes_16x8 = load_tile(at);
+            const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
             each<MT>([&](int i) {
                 acc[0][i][t] = dot4(acc[0][i][t], low, xs + i * x.ld);
@@ -160,8 +158,7 @@ inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, 
         const uint8_t* codes = w.codes + ((tile + t) * w.at.tiles_k() + kt0) * tile_bytes;
         uint8_t* out = panel + t * tile_stride;
         for (int g = 0; g < k4; g += 2, codes += tile_bytes, out += 2 * tile_bytes) {
-            prefetch_codes(codes);
-            const Tile codes_16x8 = load_tile(codes);
+            const Tile codes_16x8 = stream_tile(codes);
             store_bytes(out, decode_low(codes_16x8, table.bytes));
             store_bytes(out + tile_bytes, decode_high(codes_16x8, table.bytes));
         }
@@ -173,7 +170,7 @@ inline int outputs_from(const Weights& w, int tile, int tiles) {
     return left < tiles * tile_n ? left : tiles * tile_n;
 }
 
-inline void few(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int begin, int end) {
+inline void few(const Weights& w, const Call& call, const IntegerRows& x, int begin, int end) {
     const IntegerTable table(w.element);
     constexpr size_t ld = fused_tiles * tile_n;
     int32_t sums[2 * few_rows * ld];
@@ -188,8 +185,8 @@ inline void few(const Weights& w, const Activation& a, const Call& call, const I
 }
 
 // One task: rows m0..m0+m of every plane times `tiles` (≤ panel_tiles) tiles.
-inline void many(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int m, int tile,
-                 int tiles, const IntegerTable& table) {
+inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m0, int m, int tile, int tiles,
+                 const IntegerTable& table) {
     constexpr size_t ld = panel_tiles * tile_n, tile_stride = size_t(panel_k) * tile_n;
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, size_t(x.planes) * m * ld * sizeof(int32_t)));
@@ -218,16 +215,18 @@ inline int useful_threads(const Weights& w, const Call& call) {
     return work < call.threads ? (work < 1 ? 1 : int(work)) : call.threads;
 }
 
-// task(m0, rows, tile, tiles) for blocks of at most rows_per_task rows and `width` tiles; those of the same tiles
-// follow each other.
-template <class F>
-inline void for_panels(int threads, int m, int tiles, int width, F&& task) {
-    const long blocks_m = (m + rows_per_task - 1) / rows_per_task, blocks_n = (tiles + width - 1) / width;
+struct NoSession {};
+
+// task(m0, rows, tile, tiles) for blocks of at most `rows` rows and `width` tiles; those of the same rows follow each
+// other. Every thread that has one holds a Session meanwhile.
+template <class Session = NoSession, class F>
+inline void for_panels(int threads, int m, int rows, int tiles, int width, F&& task) {
+    const long blocks_m = (m + rows - 1) / rows, blocks_n = (tiles + width - 1) / width;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
+        [[maybe_unused]] const Session session;
         for (long i = begin; i < end; ++i) {
-            const int m0 = int(i / blocks_n) * rows_per_task, tile = int(i % blocks_n) * width;
-            task(m0, m - m0 < rows_per_task ? m - m0 : rows_per_task, tile,
-                 tiles - tile < width ? tiles - tile : width);
+            const int m0 = int(i / blocks_n) * rows, tile = int(i % blocks_n) * width;
+            task(m0, m - m0 < rows ? m - m0 : rows, tile, tiles - tile < width ? tiles - tile : width);
         }
     });
 }
@@ -236,10 +235,10 @@ inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     const IntegerRows x = quantize_rows(w, a, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
     if (x.rows() <= few_rows)
-        return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, a, call, x, int(begin), int(end)); });
+        return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
-    for_panels(threads, call.m, tiles, panel_tiles,
-               [&](int m0, int m, int tile, int count) { many(w, a, call, x, m0, m, tile, count, table); });
+    for_panels(threads, call.m, rows_per_task, tiles, panel_tiles,
+               [&](int m0, int m, int tile, int count) { many(w, call, x, m0, m, tile, count, table); });
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -49,10 +49,6 @@ LLMFP4_INLINE void each(F&& f) {
 // accumulators up to which two chains of each fit. Two AVX2 registers make 16 lanes: float blocks of 4 x 2 spill (m =
 // 8: 10.7 ms against 7.4).
 
-// 32 tiles ahead of the one at p. One core, m = 1, share of the read bandwidth with 16 / 32 / 64 / 128 tiles: W4A16 .70
-// .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83.
-inline void prefetch_codes(const uint8_t* p) { __builtin_prefetch(p + 32 * tile_bytes, 0, 3); }
-
 inline int32_t four_bytes(const int8_t* x) {
     int32_t word;
     __builtin_memcpy(&word, x, 4);
@@ -73,3 +69,14 @@ constexpr int16_t e4m3_as_half = int16_t(0xbf80);
 #else
 #include "simd_scalar.h"
 #endif
+
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+// The tile at p, and a prefetch of the one 32 tiles later. One core, m = 1, share of the read bandwidth with 16 / 32 /
+// 64 / 128 tiles: W4A16 .70 .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83.
+inline Tile stream_tile(const uint8_t* p) {
+    __builtin_prefetch(p + 32 * tile_bytes, 0, 3);
+    return load_tile(p);
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA
