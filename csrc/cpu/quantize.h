@@ -13,25 +13,23 @@ inline int planes_of(const Activation& a) {
     return a.element.max_integer() << (a.shifted ? a.element.max_shift() : 0) > int8_max ? 2 : 1;
 }
 
-// Rounds numbers in an element's units to the element: saturating, ties to the even step.
+// Rounds numbers in an element's units to the element: saturating, ties to the even step. What rounds to zero is +0.
 struct Rounder {
     float top;
     uint32_t to_anchor, smallest;
 
     explicit Rounder(Element e)
         : top(float(e.max_integer()) / float(e.integer_scale())),
-          to_anchor(uint32_t(23 - e.mantissa_bits) << 23),
+          to_anchor((uint32_t(23 - e.mantissa_bits) << 23) + 0x00400000u),
           smallest(uint32_t(127 + 1 - e.bias) << 23) {}
 
     float operator()(float v) const {
-        const uint32_t sign = bits_of(v) & 0x80000000u;
-        const float magnitude = __builtin_fabsf(v) < top ? __builtin_fabsf(v) : top;
-        uint32_t binade = bits_of(magnitude) & 0x7f800000u;
+        const float below = v < top ? v : top, clipped = below > -top ? below : -top;
+        uint32_t binade = bits_of(clipped) & 0x7f800000u;
         binade = binade > smallest ? binade : smallest;
-        // 1.5·2^23 steps of this binade: adding it rounds to a whole step, ties to even.
-        const float anchor = float_from_bits((binade + to_anchor) | 0x00400000u);
-        const float rounded = (magnitude + anchor) - anchor;
-        return float_from_bits(bits_of(rounded) | sign);
+        // 1.5·2^23 steps of this binade: adding it rounds to a whole step, ties to even, on both sides of zero.
+        const float anchor = float_from_bits(binade + to_anchor);
+        return (clipped + anchor) - anchor;
     }
 };
 
@@ -72,39 +70,77 @@ inline bool quantize_row(const T* __restrict x, int k, int padded_k, const Activ
     return special == 0;
 }
 
-// v [count] in units of the token → element · factor as integers (floats still); returns Σ of squared errors in 1/64 of
-// an integer unit. Those are integers themselves, so no order of summation changes which factor wins. Loops of a fixed
-// width are kept as loops: unrolled, or with bytes among their numbers, they fill a quarter of a vector.
+// Loops of a fixed width are kept as loops: unrolled, or with bytes among their numbers, they fill a quarter of a
+// vector.
 template <int width>
-inline int32_t quantize_group(const float* __restrict v, int count, float factor, const Rounder& round,
-                              float integer_scale, float* __restrict out) {
-    const float inverse = 1.0f / factor, residual = integer_scale * 64, scale = integer_scale * factor;
-    int32_t error = 0;
-#pragma GCC unroll 1
-    for (int i = 0; i < (width ? width : count); ++i) {
-        const float integer = round(v[i] * inverse) * scale;
-        const int32_t e = int32_t(__builtin_rintf(v[i] * residual)) - int32_t(integer) * 64;
-        error += e * e;
-        out[i] = integer;
-    }
-    return error;
-}
-
-// One group, in place, with the least factor that holds its largest value, or with the one below if that errs less.
-template <int width>
-inline void quantize_best(float* __restrict v, int count, const Element& e, const Rounder& round) {
+inline float largest_of(const float* __restrict v, int count) {
     uint32_t bits = 0;
 #pragma GCC unroll 1
     for (int i = 0; i < (width ? width : count); ++i) {
         const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
         bits = bits > magnitude ? bits : magnitude;
     }
-    const float most = float(int8_max / e.max_integer()), needed = __builtin_ceilf(float_from_bits(bits) / round.top);
-    const float holds = needed < 1 ? 1 : needed > most ? most : needed, below = holds > 1 ? holds - 1 : 1;
-    alignas(64) float with[2][dynamic_group_limit];
-    const int32_t error = quantize_group<width>(v, count, holds, round, float(e.integer_scale()), with[0]);
-    const bool better = quantize_group<width>(v, count, below, round, float(e.integer_scale()), with[1]) < error;
-    __builtin_memcpy(v, with[better], (width ? width : count) * sizeof(float));
+    return float_from_bits(bits);
+}
+
+// The two factors that each of some groups may have: the least that holds its largest value, and the one below.
+constexpr int groups_at_once = 16;
+struct Factors {
+    int holds[groups_at_once], below[groups_at_once];
+    float inverse_holds[groups_at_once], inverse_below[groups_at_once];
+
+    // largest [groups_at_once]: of the groups, in units of the token.
+    Factors(const float* __restrict largest, float top, int most) {
+        for (int g = 0; g < groups_at_once; ++g) {  // without ceil and conditions of floats, which gcc leaves scalar
+            const float needed = largest[g] / top;
+            const int whole = int(needed), ceil = whole + (needed > float(whole)), some = ceil > 1 ? ceil : 1;
+            holds[g] = some < most ? some : most;
+            below[g] = holds[g] > 2 ? holds[g] - 1 : 1;
+            inverse_holds[g] = 1.0f / float(holds[g]);
+            inverse_below[g] = 1.0f / float(below[g]);
+        }
+    }
+};
+
+// v [count] in units of the token → element · factor as integers, with the factor of group g that errs less. Squared
+// errors are compared in 1/64 of an integer unit: integers themselves, so no order of summation changes which one wins;
+// (e - 64h)² - (e - 64b)² = 128 · (b - h) · (e - 32(h + b)).
+template <int width>
+inline void quantize_group(const float* __restrict v, int count, const Factors& f, int g, const Rounder& round,
+                           float integer_scale, int8_t* __restrict out) {
+    alignas(64) int32_t with[2][dynamic_group_limit];
+    const float inverse[2] = {f.inverse_holds[g], f.inverse_below[g]};
+    const float scale[2] = {integer_scale * float(f.holds[g]), integer_scale * float(f.below[g])};
+    const float residual = integer_scale * 64;
+    int32_t excess = 0;  // of the error with the larger factor, / 128
+#pragma GCC unroll 1
+    for (int i = 0; i < (width ? width : count); ++i) {
+        const int32_t exact = int32_t(__builtin_rintf(v[i] * residual));
+        const int32_t holds = int32_t(round(v[i] * inverse[0]) * scale[0]);
+        const int32_t below = int32_t(round(v[i] * inverse[1]) * scale[1]);
+        excess += (below - holds) * (exact - 32 * (holds + below));
+        with[0][i] = holds;
+        with[1][i] = below;
+    }
+    const int32_t* __restrict best = with[excess > 0];
+#pragma GCC unroll 1
+    for (int i = 0; i < (width ? width : count); ++i) out[i] = int8_t(best[i]);
+}
+
+template <int width>
+inline void quantize_groups(const float* __restrict v, int k, int group_size, const Element& e, const Rounder& round,
+                            int8_t* __restrict out) {
+    const int most = int8_max / e.max_integer();
+    const float integer_scale = float(e.integer_scale());
+    const auto size_at = [&](int i) { return k - i < group_size ? k - i : group_size; };
+    for (int begin = 0; begin < k; begin += groups_at_once * group_size) {
+        alignas(64) float largest[groups_at_once] = {};
+        for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size)
+            largest[g] = largest_of<width>(v + i, size_at(i));
+        const Factors factors(largest, round.top, most);
+        for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size)
+            quantize_group<width>(v + i, size_at(i), factors, g, round, integer_scale, out + i);
+    }
 }
 
 // x [k] → integers in units of the token's own scale, which is returned; NaN if the row, times x_factor, holds NaN or
@@ -131,16 +167,12 @@ inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, co
     } else if (a.group_size == 0) {
         const float scale = float(a.element.integer_scale());
         for (int i = 0; i < padded_k; ++i) out[i] = int8_t(int32_t(round(v[i]) * scale));
+    } else if (a.group_size == 16) {  // zeros of the padding change neither the largest value nor an error
+        quantize_groups<16>(v, int(round_up(k, 16)), 16, a.element, round, out);
     } else {
-        for (int i = 0; i < k; i += a.group_size) {
-            const int count = k - i < a.group_size ? k - i : a.group_size;
-            if (count == 16)
-                quantize_best<16>(v + i, 16, a.element, round);
-            else
-                quantize_best<0>(v + i, count, a.element, round);
-        }
-        for (int i = 0; i < padded_k; ++i) out[i] = int8_t(int32_t(v[i]));
+        quantize_groups<0>(v, k, a.group_size, a.element, round, out);
     }
+    for (int i = k; i < padded_k; ++i) out[i] = 0;
     int32_t total = 0;
     for (int i = 0; i < padded_k; ++i) total += out[i];
     *sum = total;
