@@ -21,7 +21,7 @@ test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
 
 # What takes part in every shape; the first one is measured with all rivals and recipes.
-FEW := --rivals torch-bf16 onednn-int8 onednn-int-mm torch-int4 onnxruntime-a8 llama.cpp-mxfp4-cpu_repack \
+FEW := --rivals torch-bf16 onednn-int8 torch-int4 onnxruntime-a8 llama.cpp-mxfp4-cpu_repack \
        llama.cpp-q4_0-cpu_repack llama.cpp-q4_0-amx llama.cpp-q4_k-cpu_repack llama.cpp-q4_k-amx \
        --schemes gptq-fp4-a4 gptq-fp4-a8 mxfp4-a8-int nvfp4-a8-int llm-fp4-a16 llm-fp4-a16:bf16
 RESULTS := benchmarks/results
@@ -30,8 +30,8 @@ bench: export OMP_WAIT_POLICY = passive
 bench: build $(VENV)/rivals build/ggml/native
 	rm -f $(RESULTS)/gemm.jsonl $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/gemm.py --m 1 8 32 128 512 --rounds 5 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 5 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) --rounds 5 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 4 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) --rounds 4 --out $(RESULTS)/gemm.jsonl
 	$(PY) benchmarks/model.py --repeats 2 --out $(RESULTS)/model.jsonl
 	$(PY) benchmarks/quantize.py --rounds 2 --out $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl 4096x4096
