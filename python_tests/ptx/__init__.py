@@ -18,7 +18,7 @@ import torch
 
 from . import build
 from .build import missing
-from .parse import Refusal
+from .program import Refusal
 
 __all__ = [
     "FAULTS",

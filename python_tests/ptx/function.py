@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .parse import SIZES, Entry, Label, Module, Refusal, Statement
+from .program import SIZES, Entry, Label, Module, Refusal, Statement
 
 TABLE: list = []  # (pattern of a whole opcode, handler(function, match, *operands))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .function import instruction, signed, unsigned
-from .parse import SIZES, Refusal, split
+from .parse import split
+from .program import SIZES, Refusal
 
 SPACE = r"(?:\.(?P<space>global|shared|local|param|const)(?:::cta|::entry)?)?"
 TYPE = r"(?P<t>[bus](?:8|16|32|64)|f32|f64)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .function import instruction
-from .parse import Refusal
+from .program import Refusal
 
 
 def jump(f, label):

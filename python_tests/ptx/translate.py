@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from . import arithmetic, movement, threads
+from . import conversions, floats, integers, movement, threads
 from .function import Function, unsigned
-from .parse import Array, Refusal, read_module
+from .parse import read_module
+from .program import Array, Refusal
 
-TABLES = arithmetic, movement, threads  # importing them fills function.TABLE
+TABLES = conversions, floats, integers, movement, threads  # importing them fills function.TABLE
 
 
 def definition(name: str, array: Array) -> str:
