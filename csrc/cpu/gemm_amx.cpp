@@ -94,8 +94,8 @@ inline void for_blocks(const Weights& w, const Call& call, size_t row_bytes, F&&
     });
 }
 
-inline void integer_task(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x,
-                         const IntegerTable& table, int m0, int m, int tile, int tiles) {
+inline void integer_task(const Weights& w, const Call& call, const IntegerRows& x, const IntegerTable& table, int m0,
+                         int m, int tile, int tiles) {
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
     const size_t plane = (size_t(m) + 15) / 16 * 16 * sums_ld;
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, x.planes * plane * sizeof(int32_t)));
@@ -176,7 +176,7 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
     const amx::IntegerRows x = amx::quantize_rows(w, a, call);
     const amx::IntegerTable table(w.element);
     amx::for_blocks(w, call, x.ld, [&](int m0, int m, int tile, int tiles) {
-        amx::integer_task(w, a, call, x, table, m0, m, tile, tiles);
+        amx::integer_task(w, call, x, table, m0, m, tile, tiles);
     });
 }
 

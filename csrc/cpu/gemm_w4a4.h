@@ -173,7 +173,7 @@ inline int outputs_from(const Weights& w, int tile, int tiles) {
     return left < tiles * tile_n ? left : tiles * tile_n;
 }
 
-inline void few(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int begin, int end) {
+inline void few(const Weights& w, const Call& call, const IntegerRows& x, int begin, int end) {
     const IntegerTable table(w.element);
     constexpr size_t ld = fused_tiles * tile_n;
     int32_t sums[2 * few_rows * ld];
@@ -188,8 +188,8 @@ inline void few(const Weights& w, const Activation& a, const Call& call, const I
 }
 
 // One task: rows m0..m0+m of every plane times `tiles` (≤ panel_tiles) tiles.
-inline void many(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x, int m0, int m, int tile,
-                 int tiles, const IntegerTable& table) {
+inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m0, int m, int tile, int tiles,
+                 const IntegerTable& table) {
     constexpr size_t ld = panel_tiles * tile_n, tile_stride = size_t(panel_k) * tile_n;
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, size_t(x.planes) * m * ld * sizeof(int32_t)));
@@ -236,10 +236,10 @@ inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     const IntegerRows x = quantize_rows(w, a, call);
     const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
     if (x.rows() <= few_rows)
-        return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, a, call, x, int(begin), int(end)); });
+        return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
     for_panels(threads, call.m, tiles, panel_tiles,
-               [&](int m0, int m, int tile, int count) { many(w, a, call, x, m0, m, tile, count, table); });
+               [&](int m0, int m, int tile, int count) { many(w, call, x, m0, m, tile, count, table); });
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA
