@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cuda_mutants import HEADERS as COMMON
-from cuda_mutants import WRONG
 from cuda_on_cpu import CSRC
+from mutants import WRONG
 
 INSTANCES = {  # as cuda_mutants.py
     "quantize_activations": ("cuda.sm90", "Quantize", "quantize_token(p)"),
