@@ -74,7 +74,7 @@ class CpuMachine:
     def __init__(self, multiprocessors: int = 2, capability: tuple[int, int] = (8, 0)):
         self.multiprocessors, self._capability = multiprocessors, capability
 
-    def capability(self):
+    def capability(self, index):
         return self._capability
 
     def queue(self, device):

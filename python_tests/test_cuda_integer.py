@@ -144,7 +144,7 @@ def test_refusals_are_sentences(monkeypatch):
     gemv, _, sm80 = cuda.KERNELS
     assert "tensors are on cpu" in gemv.refusal(Problem(1, 64, 64, E2M1, E2M1))
     capability = {"value": None}
-    monkeypatch.setattr(cuda.machine, "capability", lambda: capability["value"], raising=False)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: capability["value"], raising=False)
     assert "no GPU" in gemv.refusal(problem)
     capability["value"] = (7, 5)
     assert "sm_75" in gemv.refusal(problem)

@@ -229,7 +229,7 @@ def test_more_stages_than_the_pipeline_holds_and_large_sums(programs):
 def test_refusals_and_order(monkeypatch):
     problem = Problem(64, 64, 64, E2M1, E2M1, device="cuda")
     capability = {"value": (8, 9)}
-    monkeypatch.setattr(cuda.machine, "capability", lambda: capability["value"], raising=False)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: capability["value"], raising=False)
     assert "this GPU is sm_89" in KERNEL.refusal(problem) and choose(problem).name == "cuda.sm80"
     capability["value"] = (12, 0)
     assert "this GPU is sm_120" in KERNEL.refusal(problem)
