@@ -69,7 +69,7 @@ def all_kernels(arch: str = "sm_80") -> list[Program]:
 
 
 class CpuMachine:
-    device_type = "cpu"
+    device_type, ptx = "cpu", True
 
     def __init__(self, multiprocessors: int = 2, capability: tuple[int, int] = (8, 0)):
         self.multiprocessors, self._capability = multiprocessors, capability

@@ -18,7 +18,7 @@ from ..packed import PackedFP4
 from ..problem import Kernel, Problem
 from . import cuda_sm90
 from .cpu import largest_k
-from .gpu import Machine, Queue, unusable
+from .gpu import Machine, Queue, runs_on, sm, unusable
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GEMV_ROWS = 16
@@ -154,7 +154,20 @@ def planes(problem: Problem) -> int:
 
 def _unusable(problem: Problem) -> str | None:
     """Why no CUDA kernel runs here, whatever it multiplies."""
-    return unusable(problem, machine, native.problem_with_cuda)
+    why = unusable(problem, machine, native.problem_with_cuda)
+    return why or _refusal_of_machine_code(machine.capability(problem.device_index))
+
+
+def _refusal_of_machine_code(capability: tuple[int, int]) -> str | None:
+    built = native.module().cuda_architectures
+    # What is built for 90a is cuda.sm90 alone.
+    if any(runs_on(architecture, capability) for architecture in built if not architecture.startswith("90a")):
+        return None
+    number = "".join(map(str, capability))
+    return (
+        f"this GPU is {sm(capability)}, the native module was built for {', '.join(built)}: build it with "
+        f"LLMFP4_CUDA_ARCHITECTURES={number}"
+    )
 
 
 def refusal(name: str, problem: Problem) -> str | None:

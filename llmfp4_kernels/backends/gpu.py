@@ -62,6 +62,24 @@ def sm(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for an entry of CMAKE_CUDA_ARCHITECTURES: "80-real", "90", "120-virtual".
+
+    Machine code ("real") runs on later GPUs of its generation, too, PTX ("virtual") on all later ones; both are in an
+    entry that says neither. Code for "90a" runs on that architecture alone, for "100f" on later ones of its generation.
+    CUDA C++ Programming Guide, "Application Compatibility".
+    """
+    number, _, kind = architecture.partition("-")
+    digits = number.rstrip("af")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if number.endswith("a"):
+        return (major, minor) == capability
+    same_generation = major == capability[0] and minor <= capability[1]
+    if number.endswith("f") or kind == "real":
+        return same_generation
+    return (major, minor) <= capability
+
+
 def unusable(problem: Problem, machine: Machine, missing: Callable[[], str | None]) -> str | None:
     """Why no kernel of a backend runs on the GPU that holds a problem; `missing` says what its software lacks."""
     if problem.device != "cuda":
