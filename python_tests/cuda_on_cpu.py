@@ -148,7 +148,9 @@ class OnCpu:
         y = next(t for t in reversed(made) if t.dtype == self.x.dtype and t.shape == shape)
         workspace = next(t for t in reversed(made) if t.dtype == torch.uint8 and t.numel() == plan.bytes)
         whole = self.x.is_contiguous() and self.x.data_ptr() % 16 == 0
-        x = self.x if whole else next(t for t in reversed(made) if t.shape == self.x.shape and t is not y)
+        like_x = (t for t in made if t.shape == self.x.shape and t.dtype == self.x.dtype)
+        # A copy is made before y, which may look the same.
+        x = self.x if whole else next(t for t in like_x if t.is_contiguous() and t.data_ptr() % 16 == 0)
         first = name.endswith("activations")
         known = [(t, n, In) for n, t in self.prepared.tensors.items()] + [(x, "x", In)]
         counters = [c for known in cuda._counters.values() for c in known]
