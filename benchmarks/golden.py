@@ -1,7 +1,8 @@
 """What this GPU makes of each instruction form that the CUDA kernels use, kept for tests without a GPU.
 
-Builds python_tests/ptx/test_kernels/instructions.cu for the GPU with nvcc, runs it, compares it with numpy and writes
-python_tests/vectors/gpu_instructions.npz, which test_instruction_forms.py replays.
+Builds python_tests/ptx/test_kernels/instructions*.cu for the GPU with nvcc, runs them, compares them with numpy and
+writes python_tests/vectors/gpu_instructions.npz, which test_instruction_forms.py replays. wgmma, bulk copies and their
+barriers are left out, with a sentence, where the GPU is no sm_90.
 """
 
 from __future__ import annotations
@@ -17,21 +18,32 @@ import machine
 import numpy
 import shared_cases  # noqa: F401 (puts python_tests on the path)
 import torch
-from instruction_forms import INCLUDES, SOURCE, VECTORS, disagreements, record
+from instruction_forms import FORMS, INCLUDES, SOURCE, VECTORS, Form, disagreements, record
+from instruction_forms_sm90 import FORMS as FORMS_SM90
+from instruction_forms_sm90 import SOURCE as SOURCE_SM90
 from ptx.build import nvcc
 
 from llmfp4_kernels.packed import write_beside
 
-LIBRARY = machine.ROOT / "build" / "gpu-check" / "instructions.so"
+FOLDER = machine.ROOT / "build" / "gpu-check"
 
 
-def library(capability: tuple[int, int]) -> ctypes.CDLL:
-    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    arch = "sm_{}{}".format(*capability)
-    command = [nvcc(), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static", f"-arch={arch}",
-               "-I", INCLUDES, SOURCE, "-o", LIBRARY]  # fmt: skip
+def kinds(capability: tuple[int, int]) -> dict[str, tuple[Path, dict[str, Form]]]:
+    """{nvcc's number of an architecture: (source, its forms)} of what a GPU has."""
+    found = {"{}{}".format(*capability): (SOURCE, FORMS)}
+    if capability == (9, 0):
+        return found | {"90a": (SOURCE_SM90, FORMS_SM90)}
+    print(f"left out, this GPU is sm_{capability[0]}{capability[1]}: {', '.join(FORMS_SM90)}")
+    return found
+
+
+def library(number: str, source: Path) -> Path:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    made = FOLDER / f"{source.stem}.so"
+    command = [nvcc(), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static",
+               "-gencode", f"arch=compute_{number},code=sm_{number}", "-I", INCLUDES, source, "-o", made]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True)
-    return ctypes.CDLL(str(LIBRARY))
+    return made
 
 
 def on_gpu(forms: ctypes.CDLL):
@@ -58,10 +70,11 @@ def main(arguments=None) -> int:
         sys.exit("golden.py runs instructions on a GPU: there is none that torch can use")
     if nvcc() is None:
         sys.exit("golden.py compiles for the GPU: there is no nvcc on PATH or in /usr/local/cuda*/bin")
-    vectors = record(on_gpu(library(torch.cuda.get_device_capability())))
-    wrong = disagreements(vectors)
-    if wrong:
-        sys.exit("the GPU disagrees with numpy: " + "; ".join(wrong))
+    vectors, wrong = {}, []
+    for number, (source, forms) in kinds(torch.cuda.get_device_capability()).items():
+        made = record(on_gpu(ctypes.CDLL(str(library(number, source)))), forms)
+        vectors |= made
+        wrong += disagreements(made, forms)
     about = {"gpu": torch.cuda.get_device_name(), "commit": machine.commit(), **machine.machine()}
 
     def write(path: Path) -> None:
@@ -70,6 +83,8 @@ def main(arguments=None) -> int:
 
     write_beside(options.out, write)
     print(f"wrote {options.out}")
+    if wrong:
+        sys.exit("the GPU disagrees with numpy: " + "; ".join(wrong))
     return 0
 
 

@@ -7,6 +7,7 @@ replayed in rounds, one contender after the other. Writes JSON lines, and from t
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -23,15 +24,18 @@ from operands import Weight
 from ours import fp4_on_gpu
 from result_file import lines_of, recorder
 
-from llmfp4_kernels.errors import BadInput, NoKernel
+from llmfp4_kernels.errors import NoKernel
 
 SHAPES = [(4096, 4096), (11008, 4096), (13824, 5120), (28672, 8192)]
 """(n, k) of LLaMA's linear layers: 7B twice, 13B, 70B."""
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+TOKENS = [1, 16, 1024, 4096, 4, 64, 256, 2, 8, 32, 128]
+"""In the order in which they are measured: where time is up, what lies between is left out."""
 SCHEMES = (
     "llm-fp4", "llm-fp4@cuda.gemv-weight-shift", "llm-fp4@cuda.sm80-weight-shift", "llm-fp4@cuda.sm80-packed",
     "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16", "llm-fp4-a16:fp16", "mxfp4", "nvfp4",
+    "minmax-w4a8@cuda.sm90", "llm-fp4@cuda.sm80", "llm-fp4-a16@cuda.sm80", "nvfp4@cuda.sm80",
 )  # fmt: skip
+"""Where Hopper's wgmma is the default, mma.sync stands beside it; products of E4M3 are wgmma's alone."""
 CHECKED_TOKENS = 32
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 
@@ -57,21 +61,33 @@ def copy_bandwidth(budget: float = 0.05) -> float:
     return 2 * 4 * source.numel() / GraphTurns([target.copy_], source).seconds(budget)
 
 
-def contenders(weight: Weight, schemes: list[str], rivals: list[str]) -> tuple[list[Contender], set[str]]:
-    """(rivals, cuBLAS bf16 first, then ours; the names of ours). Who cannot take part is left out with a sentence."""
-    known, made, ours = adapters.on_gpu(), [], set()
-    for name in rivals:
+def of_scheme(weight: Weight, scheme: str) -> Contender:
+    """RECIPE[:DTYPE][@KERNEL]."""
+    recipe, _, forced = scheme.partition("@")
+    recipe, _, dtype = recipe.partition(":")
+    return fp4_on_gpu(weight, recipe, dtype or "bf16", forced or None)
+
+
+def contenders(
+    weight: Weight, schemes: list[str], rivals: list[str], failures: list[str]
+) -> tuple[list[Contender], set[str]]:
+    """(rivals, cuBLAS bf16 first, then ours; the names of ours). Who cannot take part is left out with a sentence,
+    which for ours is one of `failures`, too."""
+    makers = {name: functools.partial(adapters.on_gpu()[name], weight) for name in rivals}
+    makers |= {scheme: functools.partial(of_scheme, weight, scheme) for scheme in schemes}
+    made, ours = [], set()
+    for name, make in makers.items():
         try:
-            made.append(known[name](weight))
-        except (ImportError, NoKernel, BadInput, RuntimeError, AttributeError) as error:
-            print(f"{name} is left out: {error}", flush=True)
-    for scheme in schemes:
-        recipe, _, forced = scheme.partition("@")
-        recipe, _, dtype = recipe.partition(":")
-        made.append(fp4_on_gpu(weight, recipe, dtype or "bf16", forced or None))
-        ours.add(made[-1].name)
-    for contender in made:
+            contender = make()
+        except Exception as error:  # a rival's own errors are of every kind
+            sentence = f"{name} is left out: {type(error).__name__}: {error}"
+            print(sentence, flush=True)
+            failures += [sentence] * (name in schemes)
+            continue
         contender.check = SomeTokens(contender.check)
+        made.append(contender)
+        if name in schemes:
+            ours.add(contender.name)
     return made, ours
 
 
@@ -95,17 +111,23 @@ def can_run(contender: Contender, x: torch.Tensor, ours: bool, failures: list[st
     return True
 
 
-def measure(n: int, k: int, options, record, bandwidth: float, out_of_time) -> list[str]:
-    """All m of one shape; returns what is wrong with ours."""
+def measure(n: int, k: int, options, record, bandwidth: float, until: float) -> list[str]:
+    """All m of one shape that begin before `until` (time.perf_counter); returns what is wrong with ours."""
     weight, failures = Weight(n, k), []
-    entered, ours = contenders(weight, options.schemes, options.rivals)
+    entered, ours = contenders(weight, options.schemes, options.rivals, failures)
     for m in options.m:
-        if out_of_time():
-            print(f"n = {n}, k = {k}, m = {m} is left out: {options.limit} s have passed", flush=True)
+        if time.perf_counter() > until:
+            print(f"n = {n}, k = {k}, m = {m} is left out: the time of this shape is up", flush=True)
             continue
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         ready = [c for c in entered if can_run(c, x, c.name in ours, failures)]
-        for row, contender in zip(compare(ready, x, rounds=options.rounds, budget=options.budget), ready):
+        try:
+            timed = compare(ready, x, rounds=options.rounds, budget=options.budget)
+        except Exception as error:  # of any of them; the other m go on
+            failures.append(f"n = {n}, k = {k}, m = {m} is left out: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+            continue
+        for row, contender in zip(timed, ready):
             moved = contender.weight_bytes + (m * k + m * n) * contender.x_dtype.itemsize
             row |= {"m": m, "n": n, "k": k, "ours": contender.name in ours, "note": contender.note, "bytes": moved}
             row |= {"weight_bytes": contender.weight_bytes, "copy_gbps": bandwidth / 1e9}
@@ -123,7 +145,7 @@ def line(row: dict) -> str:
 
 
 def scheme(text: str) -> str:
-    """RECIPE[:DTYPE][@KERNEL]."""
+    """As of_scheme's, if its recipe and dtype are known."""
     recipe, separator, kernel = text.partition("@")
     return arguments.scheme(recipe) + separator + kernel
 
@@ -137,18 +159,21 @@ def main(argv=None) -> int:
     parser.add_argument("--rivals", nargs="*", default=rivals, choices=rivals, metavar="RIVAL", help=", ".join(rivals))
     parser.add_argument("--rounds", type=arguments.rounds, default=3)
     parser.add_argument("--budget", type=arguments.seconds, default=0.01, help="seconds of one contender in one round")
-    parser.add_argument("--limit", type=arguments.seconds, default=300, help="after which nothing new is started")
+    parser.add_argument(
+        "--limit", type=arguments.seconds, default=300, help="after which nothing new is started; shapes share it"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines, written anew; table and pictures beside")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("gpu.py times products on a GPU: there is none that torch can use")
     started, failures, bandwidth = time.perf_counter(), [], copy_bandwidth()
-    out_of_time = lambda: time.perf_counter() - started > options.limit  # noqa: E731
     options.out.unlink(missing_ok=True)
     record = recorder(options.out, line, versions=adapters.versions(), gpu=torch.cuda.get_device_name())
-    for n, k in options.shapes:
-        if not out_of_time():
-            failures += measure(n, k, options, record, bandwidth, out_of_time)
+    for i, (n, k) in enumerate(options.shapes):
+        # Every shape has the same share of what is left, so that none is missing.
+        now = time.perf_counter()
+        until = now + (options.limit - (now - started)) / (len(options.shapes) - i)
+        failures += measure(n, k, options, record, bandwidth, until)
     for path in gpu_report.write(lines_of(options.out), options.out):
         print(f"wrote {path}")
     if failures:

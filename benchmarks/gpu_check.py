@@ -2,8 +2,8 @@
 python_tests/vectors, and the benchmarks, offline.
 
 Runs from a copy of the tracked files, with the Python that has torch. cmake, ninja, pybind11 and pytest may be missing
-there: carry their wheels in .whl/ (or in the folder that WHEELS names). Nothing is downloaded. Fails on the first
-failure, and says what it left out.
+there: carry their wheels in .whl/ (or in the folder that WHEELS names). Nothing is downloaded. Without a build nothing
+follows; else every stage runs, in its time, and the failures of all are said at the end. What is left out is said, too.
 """
 
 from __future__ import annotations
@@ -22,27 +22,48 @@ SITE = ROOT / "build" / "gpu-check"
 MINUTES = 8
 """That all of it may take."""
 STARTED = time.perf_counter()
+TESTS, CHECKER, VECTORS = 120, 90, 60
+"""Seconds that one file of tests, the memory checker and the instruction forms may take."""
+BENCHMARKS, LAST = 90, 30
+"""Seconds that the benchmarks have at least, and that they take for the last product and the pictures."""
+WRITTEN = ("benchmarks/results/gpu*", "python_tests/vectors/gpu*")
+failures: list[str] = []
 
 
 def elapsed() -> float:
     return time.perf_counter() - STARTED
 
 
+def left_of(seconds: float) -> float:
+    """As many of a stage's seconds as leave the benchmarks theirs, but 10 at least."""
+    return max(min(seconds, MINUTES * 60 - BENCHMARKS - LAST - elapsed()), 10)
+
+
 def say(text: str) -> None:
     print(f"gpu-check {elapsed():6.1f} s: {text}", flush=True)
 
 
-def run(*command, **options) -> None:
-    say(" ".join(map(str, command)))
-    if subprocess.run([*map(str, command)], cwd=ROOT, check=False, **options).returncode:
-        sys.exit(f"gpu-check failed: {' '.join(map(str, command))}")
+def run(*command, limit: float = MINUTES * 60, env: dict | None = None) -> bool:
+    """Whether a command succeeds within `limit` seconds; if not, why stands in `failures`."""
+    text = " ".join(map(str, command))
+    say(text)
+    started = time.perf_counter()
+    # `timeout` ends what the command has started, too.
+    limited = ["timeout", "-k", "5", str(round(limit)), *map(str, command)]
+    code = subprocess.run(limited, cwd=ROOT, check=False, env=env).returncode
+    took = time.perf_counter() - started
+    if code:
+        why = f"not done within {limit:.0f} s" if code in (124, 137) else f"exit status {code}"
+        failures.append(f"{text} ({why})")
+    say(f"{took:.0f} s, {'failed' if code else 'done'}")
+    return code == 0
 
 
 def install_wheels(environment: dict) -> None:
     wheels = sorted(Path(environment.get("WHEELS", ROOT / ".whl")).glob("*.whl"))
-    if wheels:
-        run(sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade",
-            "--target", SITE, *wheels)  # fmt: skip
+    command = (sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade")
+    if wheels and not run(*command, "--target", SITE, *wheels):
+        sys.exit(f"gpu-check failed: {failures[0]}")
 
 
 def build(environment: dict) -> None:
@@ -52,34 +73,32 @@ def build(environment: dict) -> None:
     major, minor = torch.cuda.get_device_capability()
     hopper = ";90a-real" if (major, minor) == (9, 0) else ""
     environment["LLMFP4_CUDA_ARCHITECTURES"] = f"{major}{minor}-real{hopper}"
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool, path=environment["PATH"]) is None:
-            sys.exit(f"gpu-check needs {tool}: carry its wheel in .whl/")
-    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=environment)
+    lacking = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=environment["PATH"]) is None]
+    sys.path.insert(0, str(SITE))
+    lacking += [module for module in ("pybind11", "pytest", "numpy") if importlib.util.find_spec(module) is None]
+    if lacking:
+        sys.exit(f"gpu-check needs {', '.join(lacking)}: carry the wheels in .whl/")
+    if not run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=environment):
+        sys.exit(f"gpu-check failed: {failures[0]}")
 
 
 def sanitize(environment: dict) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return say("left out: there is no compute-sanitizer")
-    probe = subprocess.run([tool, sys.executable, "-c", "import torch; torch.ones(1).cuda()"], capture_output=True)
-    if probe.returncode:
+    probe = ["timeout", str(CHECKER), tool, sys.executable, "-c", "import torch; torch.ones(1).cuda()"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
         return say("left out: compute-sanitizer does not work on this machine")
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "python_tests/test_gpu.py",
-        "-k",
-        "test_static_integers and e2m1xe2m1 or moves",
-    ]
-    run(tool, "--error-exitcode", "1", sys.executable, *tests, env=environment)
+    tests = ["-m", "pytest", "-q", "python_tests/test_gpu.py", "-k", "small_problems or moves"]
+    # Each tensor is an allocation of its own: torch's cache would hide where one ends.
+    environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run(tool, "--error-exitcode", "1", sys.executable, *tests, limit=left_of(CHECKER), env=environment)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-benchmarks", action="store_true", help="stop after the tests")
+    parser.add_argument("--copy-to", type=Path, help="a folder for copies of the results, where the tree does not last")
     arguments = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
         sys.exit("gpu-check needs a Python with torch")
@@ -94,15 +113,23 @@ def main() -> None:
     }
     install_wheels(environment)
     build(environment)
-    tests = ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py")
-    run(sys.executable, "-m", "pytest", "-q", "-x", *tests, env=environment)
-    sanitize(environment)
-    run(sys.executable, "benchmarks/golden.py", env=environment)
+    # Without this setting torch refuses deterministic products of cuBLAS, which the fallback to the reference takes.
+    tested = environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for tests in ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"):
+        run(sys.executable, "-m", "pytest", "-q", tests, limit=left_of(TESTS), env=tested)
+    run(sys.executable, "benchmarks/golden.py", limit=left_of(VECTORS), env=environment)
+    sanitize(tested)
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
-        left = max(MINUTES * 60 - elapsed() - 30, 60)  # 30 s: what is running then, and the pictures
-        run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), env=environment)
+        left = max(MINUTES * 60 - LAST - elapsed(), BENCHMARKS)
+        run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), limit=left + 2 * LAST, env=environment)
+    if arguments.copy_to:
+        arguments.copy_to.mkdir(parents=True, exist_ok=True)
+        for path in (path for pattern in WRITTEN for path in sorted(ROOT.glob(pattern))):
+            shutil.copy2(path, arguments.copy_to)
+    if failures:
+        sys.exit("gpu-check failed:\n" + "\n".join(failures))
     say("done")
 
 

@@ -105,9 +105,13 @@ def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = N
 
 
 def fp4_on_gpu(weight: Weight, recipe: str, dtype: str = "bf16", forced: str | None = None) -> Contender:
-    """The same on a GPU with random codes. Tensor cores drop bits of a sum below 2^-21 of it, once in 16 inputs."""
-    sums = SUMS + (weight.k / 16 + 8) * 2**-21
-    return _contender(weight, recipe, random_codes(weight, recipe), dtype, forced, False, "cuda", sums)
+    """The same on a GPU with random codes. Tensor cores drop bits of a sum below 2^-21 of it, once in 16 inputs; of
+    8-bit floats below 2^-13 of it, in each of a tile's four steps of 32 inputs."""
+    probe_and_packed = random_codes(weight, recipe)
+    activation = probe_and_packed[0].activation
+    fp8 = activation is not None and activation.bits == 8 and not probe_and_packed[0].integer
+    sums = SUMS + (weight.k / 16 + 8) * 2**-21 + (2**-11 if fp8 else 0)
+    return _contender(weight, recipe, probe_and_packed, dtype, forced, False, "cuda", sums)
 
 
 def _contender(weight, recipe, probe_and_packed, dtype, forced, warm, device, sums) -> Contender:

@@ -70,21 +70,20 @@ def cuda() -> dict:
     return {"torch_cuda": torch.version.cuda, "gpu": torch.cuda.is_available(), "nvcc": shutil.which("nvcc") or beside}
 
 
-def _probes() -> list[Problem]:
-    """Problems of every recipe, with one and with many rows, on each device that is there."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [
-        Problem.of_recipe(recipe, m, 4096, 4096, device=device)
-        for recipe in formats.RECIPES.values()
-        for m in (1, 512)
-        for device in devices
-    ]
+def _probes(device: str) -> list[Problem]:
+    """Problems of every recipe, with one and with many rows."""
+    recipes = formats.RECIPES.values()
+    return [Problem.of_recipe(recipe, m, 4096, 4096, device=device) for recipe in recipes for m in (1, 512)]
 
 
 def kernels() -> list[dict]:
-    """Each row of the registry: how many probes (4096 x 4096) it takes, and its first refusal if it takes none."""
-    rows, probes = [], _probes()
+    """Each row of the registry: how many probes (4096 x 4096) it takes, and its first refusal if it takes none.
+
+    Tensors are where the row runs, even if there is no GPU: its refusal says what else is missing.
+    """
+    rows = []
     for kernel in registry.table():
+        probes = _probes("cuda" if kernel.name.startswith(("cuda.", "triton.")) else "cpu")
         refusals = [kernel.refusal(problem) for problem in probes]
         taken = refusals.count(None)
         rows.append({"name": kernel.name, "takes": taken, "of": len(probes), "refusal": None if taken else refusals[0]})

@@ -14,7 +14,7 @@ from .errors import BadInput, NoKernel
 from .formats import Element, Recipe
 from .formats import element as element_named
 from .formats import recipe as recipe_named
-from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of
+from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of, require_bias
 from .packed import PackedFP4, codes_shape, describe_dynamic
 from .problem import Problem
 
@@ -187,8 +187,7 @@ class FP4Linear(FP4Module, nn.Linear):
     @classmethod
     def from_packed(cls, packed: PackedFP4, bias: torch.Tensor | None = None) -> FP4Linear:
         """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype."""
-        if bias is not None and list(bias.shape) != [packed.shape[0]]:
-            raise BadInput(f"bias of shape {list(bias.shape)} does not match n = {packed.shape[0]}")
+        require_bias(bias, packed.shape[0])
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._take(packed)

@@ -67,14 +67,25 @@ def needs_dispatcher(x: torch.Tensor, codes: torch.Tensor) -> bool:
     )
 
 
+def require_bias(bias: torch.Tensor | None, n: int) -> None:
+    if bias is not None and (list(bias.shape) != [n] or not bias.is_floating_point()):
+        raise BadInput(f"bias of {bias.dtype} {list(bias.shape)} does not match n = {n}")
+
+
 @dataclass
 class Multiplier:
-    """A packed weight on its way through the kernels: the choice is made once per m and dtype."""
+    """A packed weight on its way through the kernels: the choice is made once per m and dtype.
+
+    Shapes are checked here, for all backends; dtypes of x are the registry's to refuse. Raises BadInput.
+    """
 
     packed: PackedFP4
     bias: torch.Tensor | None
     choices: dict[tuple[int, torch.dtype], tuple[Kernel, Prepared]] = field(default_factory=dict)
     prepared: dict[object, Prepared] = field(default_factory=dict)
+
+    def __post_init__(self):
+        require_bias(self.bias, self.packed.shape[0])
 
     def choose(self, m: int, dtype: torch.dtype) -> tuple[Kernel, Prepared]:
         choice = self.choices.get((m, dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cuda_on_cpu import CSRC, headers_key
+from mutants import WRONG
 from ptx import build
 
 INSTANCES = {  # name of the launch → the registry row that launches it, its parameters and body
@@ -27,7 +28,6 @@ INSTANCES = {  # name of the launch → the registry row that launches it, its p
     "gemm_sm80_int8_grouped_64x32": ("cuda.sm80", "Gemm<GroupedInt8>", "gemm_block<GroupedInt8, true, 1, 4>(p)"),
 }
 QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, BF16_SHIFTED, PACKED, INT8_GROUPED = INSTANCES
-WRONG = "wrong values"
 MUTANTS = [
     (GEMM, "gemm_sm80.h", "waits for one group too few", "<gemm_stages - 2>", "<gemm_stages - 1>", "MissingWait"),
     (GEMM, "gemm_sm80.h", "sums leave while copies arrive", "    wait_for_copies<0>();\n", "", "MissingWait Race"),

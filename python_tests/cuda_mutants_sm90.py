@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cuda_mutants import HEADERS as COMMON
-from cuda_mutants import WRONG
 from cuda_on_cpu import CSRC
+from mutants import WRONG
 
 INSTANCES = {  # as cuda_mutants.py
     "quantize_activations": ("cuda.sm90", "Quantize", "quantize_token(p)"),
@@ -71,6 +71,8 @@ MUTANTS = [
     (GEMM, "epilogue_eights.h", "the edge of outputs is not tested", " || o >= out.n", "", "OutOfBounds Race"),
     (GEMM, "epilogue_eights.h", "outputs of a pair swapped", "rounded_pair(v[2], v[3], dtype)", "rounded_pair(v[3], v[2], dtype)", WRONG),
     (GEMM, "epilogue_eights.h", "rows of any length", "out.n % 8 == 0 && ", "", "Misaligned OutOfBounds"),
+    (GEMM, "gemm_sm90.h", "copies do not see the barriers", "        barriers_ready();\n", "", "MissingFence"),
+    (FP8, "gemm_sm90.h", "sums stay in the tensor core", "units_of_a_sum<Fp8> = 2;", "units_of_a_sum<Fp8> = 0;", WRONG),
     (FP8, "gemm_sm90.h", "sums in fp32 are overwritten", "total[i][e] = add(total[i][e], acc[i][e]);", "total[i][e] = acc[i][e];", WRONG),
     (FP8, "gemm_sm90.h", "sums count twice", "            acc[i][e] = 0;\n", "", WRONG),
     (FP8, "gemm_sm90.h", "the last sums are forgotten", "    }\n    promote(total, acc);\n", "    }\n", WRONG),

@@ -69,12 +69,12 @@ def all_kernels(arch: str = "sm_80") -> list[Program]:
 
 
 class CpuMachine:
-    device_type = "cpu"
+    device_type, ptx = "cpu", True
 
     def __init__(self, multiprocessors: int = 2, capability: tuple[int, int] = (8, 0)):
         self.multiprocessors, self._capability = multiprocessors, capability
 
-    def capability(self):
+    def capability(self, index):
         return self._capability
 
     def queue(self, device):
@@ -148,7 +148,9 @@ class OnCpu:
         y = next(t for t in reversed(made) if t.dtype == self.x.dtype and t.shape == shape)
         workspace = next(t for t in reversed(made) if t.dtype == torch.uint8 and t.numel() == plan.bytes)
         whole = self.x.is_contiguous() and self.x.data_ptr() % 16 == 0
-        x = self.x if whole else next(t for t in reversed(made) if t.shape == self.x.shape and t is not y)
+        like_x = (t for t in made if t.shape == self.x.shape and t.dtype == self.x.dtype)
+        # A copy is made before y, which may look the same.
+        x = self.x if whole else next(t for t in like_x if t.is_contiguous() and t.data_ptr() % 16 == 0)
         first = name.endswith("activations")
         known = [(t, n, In) for n, t in self.prepared.tensors.items()] + [(x, "x", In)]
         counters = [c for known in cuda._counters.values() for c in known]

@@ -23,7 +23,7 @@ G, T = np.divmod(np.arange(LANES), 4)
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel form_NAME: uint32 [blocks, inputs, 32] → uint32 [blocks, outputs, 32]."""
+    """A kernel form_NAME: uint32 [blocks, inputs, threads] → uint32 [blocks, outputs, threads]."""
 
     outputs: int
     make: Callable[[np.random.Generator], np.ndarray]
@@ -191,24 +191,22 @@ FORMS = {
 }
 
 
-def inputs_of(name: str) -> np.ndarray:
-    """uint32 [BLOCKS, inputs, 32], the same at every call."""
-    return FORMS[name].make(np.random.default_rng(list(FORMS).index(name)))
+def record(run: Callable[[str, np.ndarray, int], np.ndarray], forms: dict[str, Form] = FORMS) -> dict[str, np.ndarray]:
+    """{"NAME in", "NAME out"} of every form; run(name, inputs, outputs a thread) → uint32 [blocks, outputs, threads].
 
-
-def record(run: Callable[[str, np.ndarray, int], np.ndarray]) -> dict[str, np.ndarray]:
-    """{"NAME in", "NAME out"} of every form; run(name, inputs, outputs a lane) → uint32 [BLOCKS, outputs, 32]."""
+    Inputs are the same at every call.
+    """
     vectors = {}
-    for name, form in FORMS.items():
-        inputs = inputs_of(name)
+    for name, form in forms.items():
+        inputs = form.make(np.random.default_rng(list(name.encode())))
         vectors |= {f"{name} in": inputs, f"{name} out": run(name, inputs, form.outputs)}
     return vectors
 
 
-def disagreements(vectors: dict[str, np.ndarray]) -> list[str]:
+def disagreements(vectors: dict[str, np.ndarray], forms: dict[str, Form] = FORMS) -> list[str]:
     """A sentence for each form whose recorded results are not numpy's."""
     found = []
-    for name, form in FORMS.items():
+    for name, form in forms.items():
         expected, bound = form.expect(vectors[f"{name} in"])
         got = vectors[f"{name} out"]
         wrong = got != expected if bound is None else ~(np.abs(got.view(np.float32) - expected) <= bound)

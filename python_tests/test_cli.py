@@ -176,6 +176,20 @@ def test_info_says_why_the_native_module_is_missing(capsys, monkeypatch):
     assert "not built: it was never compiled" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("lacking", ["built without nvcc", None])
+def test_info_says_what_a_gpu_row_lacks(lacking, capsys, monkeypatch):
+    from llmfp4_kernels import native
+    from llmfp4_kernels.backends import cuda
+
+    monkeypatch.setattr(native, "problem_with_cuda", lambda: lacking)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: None)
+    _, result, _ = run(capsys, "info")
+    rows = {row["name"]: row["refusal"] for row in result["kernels"]}
+    expected = lacking or "there is no GPU that torch can use"
+    assert rows["cuda.gemv"] == rows["cuda.sm90"] == rows["cuda.sm80"] == expected
+    assert all("tensors are on" not in (why or "") for why in rows.values())
+
+
 def test_explain_walks_the_registry(capsys):
     from llmfp4_kernels import registry
     from llmfp4_kernels.problem import Problem

@@ -18,13 +18,24 @@ from llmfp4_kernels.problem import Problem
 WHY_NOT = missing() or native.problem_with_cuda()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HALF_ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ROUNDING = {
+    torch.float32: (2.0**-24, 2.0**-150),
+    torch.bfloat16: (2.0**-8, 2.0**-134),
+    torch.float16: (2.0**-11, 2.0**-25),
+}
+"""To a dtype: half of a number's last bit, at most, relative to it, and half of the least subnormal."""
 NAMES = ["cuda.gemv", "cuda.sm80"]
 
 
 @pytest.fixture(scope="module")
 def programs():
     return all_kernels()
+
+
+def after_rounding(exact, bound, dtype):
+    """How far a result of `dtype` is from `exact` if before its rounding it was within `bound`."""
+    half_ulp, least = ROUNDING[dtype]
+    return bound + (exact.abs() + bound) * half_ulp + least
 
 
 def exact_and_bound(packed, x, bias=None):
@@ -42,13 +53,13 @@ def exact_and_bound(packed, x, bias=None):
     relative = (packed.k + 8) * 2.0**-24
     if x.dtype != torch.float32 and (packed.x_factor is not None or packed.shift is not None):
         relative += 2.0**-17
-    bound = relative * (scaled.abs() @ w.abs().T) + exact.abs() * HALF_ULP[x.dtype] + 1e-30
+    bound = relative * (scaled.abs() @ w.abs().T)
     if bias is not None:
         bound += 2.0**-23 * bias.double().abs()
     if x.dtype == torch.float16 and packed.scale == E8M0:
         largest = torch.ldexp(packed.row_scale.double(), packed.group_scale.amax(1).int() - 127)
         bound += 2.0**-25 * scaled.abs().sum(1, keepdim=True) * largest
-    return exact, bound
+    return exact, after_rounding(exact, bound, x.dtype)
 
 
 def check(gpu, packed, x, bias=None):

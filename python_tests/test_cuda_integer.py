@@ -139,12 +139,20 @@ def test_counters_made_while_a_graph_is_captured_are_that_graphs(programs):
             assert sum(len(known) for known in cuda._counters.values()) == kept
 
 
+@pytest.mark.parametrize("x", [random_x(64, 5).T, random_x(1, 5 * 64 + 1)[0, 1:].view(5, 64)], ids=["strided", "odd"])
+def test_a_copied_x_of_the_shape_of_y(x, programs):
+    packed = random_packed(64, 64, E2M1, E2M1, True)
+    with OnCpu(programs) as gpu:
+        for name in ("cuda.gemv", "cuda.sm80"):
+            assert same_bits(gpu.run(cuda.Prepared(packed, None), name, x), reference.gemm(x, packed))
+
+
 def test_refusals_are_sentences(monkeypatch):
     problem = Problem(1, 64, 64, E2M1, E2M1, device="cuda")
     gemv, _, sm80 = cuda.KERNELS
     assert "tensors are on cpu" in gemv.refusal(Problem(1, 64, 64, E2M1, E2M1))
     capability = {"value": None}
-    monkeypatch.setattr(cuda.machine, "capability", lambda: capability["value"], raising=False)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: capability["value"], raising=False)
     assert "no GPU" in gemv.refusal(problem)
     capability["value"] = (7, 5)
     assert "sm_75" in gemv.refusal(problem)

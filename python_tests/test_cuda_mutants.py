@@ -7,7 +7,8 @@ import torch
 from cases import random_packed, random_x, same_bits
 from cuda_mutants import BF16_SHIFTED, GEMM, GEMV, GROUPED, INSTANCES, INT8_GROUPED, MUTANTS, QUANTIZE, ptx_of
 from cuda_on_cpu import OnCpu, all_kernels
-from ptx import FAULTS, Program, missing
+from mutants import RIGHT, WRONG, assert_caught
+from ptx import Program, missing
 from test_cuda_float import exact_and_bound
 from test_dynamic import dynamic_packed, wild_x
 from test_grouped import INT8, grouped, rounding
@@ -81,21 +82,16 @@ def outcome(kernel, instead, programs):
                 y = gpu.run(cuda.Prepared(packed, bias), row, x)
                 assert kernel in gpu.launched
             if not right(kernel, packed, x, bias, y):
-                return "wrong values", ""
-    return "right values", ""
+                return WRONG
+    return RIGHT
 
 
 @pytest.mark.parametrize("kernel", list(INSTANCES))
 def test_without_a_bug_the_values_are_right(kernel, programs):
-    assert outcome(kernel, {}, programs)[0] == "right values"
+    assert outcome(kernel, {}, programs) == RIGHT
 
 
 @pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[f"{m[1]}: {m[2]}" for m in MUTANTS])
 def test_planted_bug_is_caught_by_name(programs, i):
     kernel, _, _, _, _, expected = MUTANTS[i]
-    try:
-        found, text = outcome(kernel, {kernel: f"mutant_{i}"}, programs)
-    except tuple(FAULTS.values()) as fault:
-        found, text = type(fault).__name__, str(fault)
-        assert text.startswith(f"kernel mutant_{i}, block (") and "PTX line" in text
-    assert found in expected, f"{found}: {text}"
+    assert_caught(lambda: outcome(kernel, {kernel: f"mutant_{i}"}, programs), expected, f"mutant_{i}")

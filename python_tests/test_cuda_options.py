@@ -126,7 +126,7 @@ def test_a_bad_token_poisons_its_row_only(programs):
 
 
 def test_refusals_are_sentences(monkeypatch):
-    monkeypatch.setattr(cuda.machine, "capability", lambda: (9, 0), raising=False)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (9, 0), raising=False)
     problem = Problem(20, 64, 64, E2M1, E2M1, shift=True, device="cuda")
     refuse = lambda kernel, **kw: kernel.refusal(dataclasses.replace(problem, **kw))  # noqa: E731
     assert refuse(SM80) is None and refuse(PACKED) is None and "20 rows" in refuse(GEMV)
@@ -145,7 +145,7 @@ def test_refusals_are_sentences(monkeypatch):
 
 
 def test_rows_run_where_they_are_forced_only(monkeypatch):
-    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0), raising=False)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (8, 0), raising=False)
     problem = Problem(20, 64, 64, E2M1, E2M1, shift=True, device="cuda")
     assert registry.choose(problem).name == "cuda.sm80"
     for kernel in (SM80, PACKED):

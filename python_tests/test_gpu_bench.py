@@ -1,20 +1,26 @@
 """The GPU benchmark as far as it runs without a GPU: its arguments, its checks, its rows, its report."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from cases import random_x
 
-from llmfp4_kernels import reference
+from llmfp4_kernels import native, reference, registry
+from llmfp4_kernels.backends import cuda, cuda_options
 from llmfp4_kernels.errors import BadFile, NoKernel
+from llmfp4_kernels.formats import RECIPES
+from llmfp4_kernels.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-adapters, bench, gpu, gpu_check, gpu_report, golden, operands, ours, rivals_cuda = map(
+adapters, bench, gpu, gpu_report, golden, operands, ours, rivals_cuda = map(
     importlib.import_module,
-    ("adapters", "bench", "gpu", "gpu_check", "gpu_report", "golden", "operands", "ours", "rivals_cuda"),
+    ("adapters", "bench", "gpu", "gpu_report", "golden", "operands", "ours", "rivals_cuda"),
 )
 OPTIONS = dict(m=[1, 40], schemes=[], rivals=[], rounds=2, budget=0.0, limit=9.0)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -39,20 +45,27 @@ def test_without_a_gpu_it_says_so(script):
         script.main([])
 
 
-@pytest.mark.parametrize("arguments, benchmarks", [([], 1), (["--no-benchmarks"], 0)])
-def test_gpu_check_runs_everything_in_its_time(arguments, benchmarks, monkeypatch):
-    ran = []
-    for name in ("install_wheels", "build", "sanitize"):
-        monkeypatch.setattr(gpu_check, name, lambda environment, name=name: ran.append(name))
-    monkeypatch.setattr(gpu_check, "run", lambda *command, env: ran.append([str(part) for part in command[1:]]))
+def test_vectors_are_written_even_where_the_gpu_disagrees(monkeypatch, tmp_path):
+    """A GPU that makes ones of everything: every form is wrong, and what it made is kept to be looked at."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "STARTED", gpu_check.time.perf_counter() - 100)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
-    gpu_check.main()
-    expected = [["benchmarks/gpu.py", "--limit", "350"]] * benchmarks  # 8 minutes, less 100 s that have passed, less 30
-    tests = ["-m", "pytest", "-q", "-x", "python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"]
-    assert ran == ["install_wheels", "build", tests, "sanitize", ["benchmarks/golden.py"], *expected]
-    assert all((gpu_check.ROOT / command[0]).is_file() for command in ran[-1 - benchmarks :])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(golden, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(golden, "library", lambda number, source: source.name)
+    monkeypatch.setattr(golden.ctypes, "CDLL", lambda name: name)
+    ones = lambda name, inputs, outputs: numpy.ones((len(inputs), outputs, inputs.shape[-1]), numpy.uint32)  # noqa: E731
+    monkeypatch.setattr(golden, "on_gpu", lambda library: ones)
+    with pytest.raises(SystemExit, match="the GPU disagrees with numpy: mma_s8_k32: .*; wgmma_s8_32: "):
+        golden.main(["--out", str(tmp_path / "vectors.npz")])
+    stored = numpy.load(tmp_path / "vectors.npz")
+    assert {f"{name} out" for name in (*golden.FORMS, *golden.FORMS_SM90)} < set(stored)
+
+
+def test_vectors_of_other_gpus_lack_wgmma(capsys):
+    assert list(golden.kinds((8, 9))) == ["89"] and list(golden.kinds((9, 0))) == ["90", "90a"]
+    said = capsys.readouterr().out
+    assert said.startswith("left out, this GPU is sm_89: wgmma_s8_32") and "bulk_copies" in said
 
 
 @pytest.mark.parametrize(
@@ -68,10 +81,19 @@ def test_bad_arguments_are_refused(arguments, sentence, capsys):
 
 @no_gpu
 def test_rivals_without_a_gpu_are_left_out_with_a_sentence(capsys):
-    made, names = gpu.contenders(operands.Weight(96, 256), [], list(adapters.on_gpu()))
-    assert made == [] and names == set()
+    failures = []
+    made, names = gpu.contenders(operands.Weight(96, 256), [], list(adapters.on_gpu()), failures)
+    assert made == failures == [] and names == set()
     said = capsys.readouterr().out
     assert all(f"{name} is left out: " in said for name in adapters.on_gpu())
+
+
+def test_ours_that_cannot_be_made_fails_the_run_and_not_the_others(monkeypatch):
+    weight, failures = operands.Weight(96, 256), []
+    made = on_cpu(weight, "llm-fp4")
+    monkeypatch.setattr(gpu, "fp4_on_gpu", lambda weight, recipe, dtype, forced: 1 / 0 if forced else made)
+    assert gpu.contenders(weight, ["llm-fp4@cuda.sm80", "llm-fp4"], [], failures) == ([made], {made.name})
+    assert failures == ["llm-fp4@cuda.sm80 is left out: ZeroDivisionError: division by zero"]
 
 
 @pytest.mark.parametrize("scheme", [s for s in gpu.SCHEMES if "@" not in s])
@@ -104,11 +126,11 @@ def test_a_wrong_token_is_not_timed(token):
         bench.compare([contender], x, rounds=2, budget=0)
 
 
-def run_measure(monkeypatch, contenders, names, out_of_time=lambda: False):
+def run_measure(monkeypatch, contenders, names, until=float("inf")):
     """(what is wrong with ours, rows) of gpu.measure with these contenders."""
     rows, options = [], type("Options", (), OPTIONS)
-    monkeypatch.setattr(gpu, "contenders", lambda weight, schemes, rivals: (contenders, names))
-    return gpu.measure(96, 256, options, rows.append, 1e9, out_of_time), rows
+    monkeypatch.setattr(gpu, "contenders", lambda *_: (contenders, names))
+    return gpu.measure(96, 256, options, rows.append, 1e9, until), rows
 
 
 def test_rows_hold_what_the_report_needs(monkeypatch):
@@ -137,9 +159,62 @@ def test_what_fails_is_left_out_and_ours_fails_the_run(monkeypatch, capsys):
     assert "rival is left out at m = 1: ZeroDivisionError" in capsys.readouterr().out
 
 
+def test_a_result_that_turns_wrong_costs_its_m_only(monkeypatch):
+    contender = on_cpu(operands.Weight(96, 256), "llm-fp4")
+    right, calls = contender.calls[0], []
+
+    def wrong_the_third_time(x):
+        calls.append(len(x))
+        return right(x) + (len(calls) == 3)
+
+    contender.calls = [wrong_the_third_time]
+    failures, rows = run_measure(monkeypatch, [contender], {contender.name})
+    assert [row["m"] for row in rows] == [40]
+    assert len(failures) == 1 and failures[0].startswith(
+        "n = 96, k = 256, m = 1 is left out: NoKernel: refusing to time"
+    )
+
+
 def test_nothing_starts_after_the_time_limit(monkeypatch, capsys):
-    failures, rows = run_measure(monkeypatch, [], set(), out_of_time=lambda: True)
-    assert failures == rows == [] and "m = 40 is left out: 9.0 s have passed" in capsys.readouterr().out
+    failures, rows = run_measure(monkeypatch, [], set(), until=0.0)
+    assert failures == rows == [] and "m = 40 is left out: the time of this shape is up" in capsys.readouterr().out
+
+
+def test_shapes_share_the_time(monkeypatch, tmp_path):
+    """Each takes all that it may; a clock stands still elsewhere."""
+    now, shares = [0.0], []
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(gpu.gpu_report, "write", lambda rows, out: [])
+
+    def measure(n, k, options, record, bandwidth, until):
+        shares.append(until - now[0])
+        now[0] = until
+        return []
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    gpu.main(["--limit", "400", "--out", str(tmp_path / "gpu.jsonl")])
+    assert len(shares) == len(gpu.SHAPES) and all(share == pytest.approx(100) for share in shares)
+
+
+def test_on_hopper_every_scheme_has_a_kernel(monkeypatch):
+    """The forced ones beside the default, wgmma's E4M3 among them."""
+    monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(native, "module", lambda: SimpleNamespace(cuda_architectures=["90-real", "90a-real"]))
+    chosen = set()
+    for scheme in gpu.SCHEMES:
+        recipe, _, forced = scheme.partition("@")
+        recipe, _, dtype = recipe.partition(":")
+        problem = Problem.of_recipe(RECIPES[recipe], 64, 4096, 4096, dtype=ours.DTYPES[dtype or "bf16"], device="cuda")
+        if forced.endswith("gemv-weight-shift"):
+            problem = dataclasses.replace(problem, m=1)
+        monkeypatch.setenv(registry.FORCE, forced)
+        chosen.add((recipe, registry.choose(problem).name))
+    assert {("llm-fp4", "cuda.sm90"), ("llm-fp4", "cuda.sm80"), ("minmax-w4a8", "cuda.sm90")} <= chosen
+    assert {name for _, name in chosen} <= {k.name for k in cuda.KERNELS + cuda_options.KERNELS}
 
 
 def synthetic_rows():

@@ -15,6 +15,7 @@ from llmfp4_kernels.embedding import FP4Embedding
 from llmfp4_kernels.errors import BadInput, NoKernel
 from llmfp4_kernels.formats import E2M1, E4M3, RECIPES
 from llmfp4_kernels.nn import FP4Linear
+from llmfp4_kernels.ops import Multiplier
 from llmfp4_kernels.packed import PackedFP4
 
 W4A4 = dict(activation=E2M1, shift=True)
@@ -157,6 +158,15 @@ def test_gradient_is_that_of_the_dequantized_weight(packed):
     torch.testing.assert_close(x.grad, g @ reference.dequantize(packed))
     assert torch.equal(y.detach(), layer(x.detach()))
     assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(40, 1), torch.zeros(40, dtype=torch.int32)], ids=str)
+def test_a_bias_that_does_not_match_is_refused_everywhere(bias):
+    packed = random_packed(40, 64, E2M1)
+    with pytest.raises(BadInput, match="does not match n = 40"):
+        FP4Linear.from_packed(packed, bias)
+    with pytest.raises(BadInput, match="does not match n = 40"):
+        Multiplier(packed, bias)
 
 
 def test_a_trained_bias_gets_its_gradient(packed):

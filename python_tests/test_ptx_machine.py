@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ptx import FAULTS, In, Out, compile_cuda, missing
+from mutants import RIGHT, WRONG, assert_caught
+from ptx import In, Out, compile_cuda, missing
 from ptx_mutants import MUTANTS, combined
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -47,16 +48,12 @@ def test_reduction_is_exact(program, n, blocks, seed):
 def test_planted_bug_is_caught_by_name(program, i):
     kernel, _, _, _, expected = MUTANTS[i]
     name, limit_s = f"{kernel}_{i + 2}", 1.0 if expected == "TimeLimit" else 30.0
-    try:
-        right = (
-            run_gemm(program, name, 100, 72, 208, limit_s=limit_s)
-            if kernel == "gemm"
-            else run_reduction(program, name, limit_s=limit_s)
-        )
-        found, text = "right values" if right else "wrong values", ""
-    except tuple(FAULTS.values()) as e:
-        found, text = type(e).__name__, str(e)
-        assert text.startswith(f"kernel {name}, block (") and "PTX line" in text
-    assert found in expected.split() or found == expected, f"{found}: {text}"
+
+    def outcome():
+        if kernel == "gemm":
+            return RIGHT if run_gemm(program, name, 100, 72, 208, limit_s=limit_s) else WRONG
+        return RIGHT if run_reduction(program, name, limit_s=limit_s) else WRONG
+
+    found, text = assert_caught(outcome, expected, name)
     if found == "Race":
         assert text.count("PTX line") == 2, text

@@ -73,7 +73,7 @@ from llmfp4_kernels.problem import Kernel
 
 class Interpreter(machine.Machine):
     device_type, ptx = "cpu", False
-    capability = lambda self: (8, 0)
+    capability = lambda self, index: (8, 0)
     multiprocessors = lambda self, device: 2
     on = lambda self, device: contextlib.nullcontext()
 

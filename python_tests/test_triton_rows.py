@@ -28,7 +28,7 @@ def refuse(kernel, **changes):
 def gpu(monkeypatch):
     """A machine that has Triton and an sm_90."""
     monkeypatch.setattr(machine, "problem_with_triton", lambda: None)
-    monkeypatch.setattr(machine.here, "capability", lambda: (9, 0), raising=False)
+    monkeypatch.setattr(machine.here, "capability", lambda index: (9, 0), raising=False)
     monkeypatch.setattr(cuda, "_unusable", lambda problem: "there is no nvcc")
 
 
@@ -70,9 +70,9 @@ def test_refusals_are_sentences(gpu, monkeypatch):
     assert refuse(GEMM, activation=e3m4, dynamic=Dynamic()) is None
     assert "n = 5000000" in refuse(GEMM, n=5_000_000)
     assert "m = 2000000000" in refuse(GEMM, m=2_000_000_000)
-    monkeypatch.setattr(machine.here, "capability", lambda: (7, 5))
+    monkeypatch.setattr(machine.here, "capability", lambda index: (7, 5))
     assert "sm_75" in refuse(GEMM)
-    monkeypatch.setattr(machine.here, "capability", lambda: None)
+    monkeypatch.setattr(machine.here, "capability", lambda index: None)
     assert "no GPU" in refuse(GEMM)
     monkeypatch.setattr(machine, "problem_with_triton", lambda: "Triton is not there")
     assert refuse(GEMM) == "Triton is not there"
@@ -110,7 +110,7 @@ def test_forcing_a_row_raises_its_refusal(monkeypatch):
 
 def test_a_forced_row_decides_the_layout(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
-    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0))
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (8, 0))
     assert layout_for(PROBLEM) == "units"
     monkeypatch.setenv(FORCE, "triton.gemm")
     assert layout_for(PROBLEM) == "pairs"

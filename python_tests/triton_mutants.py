@@ -7,10 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+from mutants import WRONG
+
 import llmfp4_kernels.backends.triton as package
 
 FOLDER = Path(package.__file__).parent
-WRONG = "wrong values"
 INTEGER, PLANES, SHARED_K, GROUPED, PARTS, GROUPS = "integer", "planes", "shared k", "grouped", "parts", "groups"
 MUTANTS = [
     (INTEGER, "product.py", "rows past the end are read", "(rows % half)", "rows", "OutOfBounds"),

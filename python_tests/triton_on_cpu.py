@@ -47,7 +47,7 @@ class CpuMachine:
     def __init__(self, capability=(8, 0), multiprocessors: int = 2, ptx: bool = True):
         self.arch, self.count, self.ptx = capability, multiprocessors, ptx
 
-    def capability(self):
+    def capability(self, index):
         return self.arch
 
     def multiprocessors(self, device):

@@ -7,7 +7,6 @@ native module's launcher: whoever replaces both runs the same Python, checks and
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
@@ -19,51 +18,15 @@ from ..packed import PackedFP4
 from ..problem import Kernel, Problem
 from . import cuda_sm90
 from .cpu import largest_k
+from .gpu import Machine, Queue, runs_on, sm, unusable
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GEMV_ROWS = 16
-LEAST_CAPABILITY = (8, 0)
 GROUPS = (16, 32, 64, 128, 256, 512)
 """Inputs that may share a group scale: whole multiples of what a lane holds."""
 GRID_LIMIT = 65535
 """Tiles of 64 outputs along one side of a grid."""
-
-
-@dataclass(frozen=True)
-class Queue:
-    """Where a call runs: the stream, and what the launch geometry depends on."""
-
-    device: int
-    multiprocessors: int
-    overlap: bool
-    """Kernels may start before the one before them has ended (sm_90 and later)."""
-    stream: int
-
-
-class Machine:
-    """The GPUs that torch sees."""
-
-    device_type = "cuda"
-
-    def capability(self) -> tuple[int, int] | None:
-        """Of the current GPU; None without one."""
-        return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-    def queue(self, device: torch.device) -> Queue:
-        properties, stream = _properties(device.index), torch.cuda.current_stream(device).cuda_stream
-        return Queue(device.index, properties.multi_processor_count, properties.major >= 9, stream)
-
-    def capturing(self) -> bool:
-        """Whether the current stream's work goes into a graph."""
-        return torch.cuda.is_current_stream_capturing()
-
-    def on(self, device: torch.device):
-        """Makes `device` the current one for torch and for the launcher; a context manager."""
-        return torch.cuda.device(device)
-
-
 machine = Machine()
-_properties = functools.cache(torch.cuda.get_device_properties)
 _counters: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
@@ -191,23 +154,26 @@ def planes(problem: Problem) -> int:
 
 def _unusable(problem: Problem) -> str | None:
     """Why no CUDA kernel runs here, whatever it multiplies."""
-    if problem.device != "cuda":
-        return f"runs on a GPU, the tensors are on {problem.device}"
-    if native.problem_with_cuda():
-        return native.problem_with_cuda()
-    capability = machine.capability()
-    if capability is None:
-        return "there is no GPU that torch can use"
-    if capability < LEAST_CAPABILITY:
-        return f"this GPU is sm_{capability[0]}{capability[1]}, the kernels need sm_80 (Ampere) or later"
-    return None
+    why = unusable(problem, machine, native.problem_with_cuda)
+    return why or _refusal_of_machine_code(machine.capability(problem.device_index))
+
+
+def _refusal_of_machine_code(capability: tuple[int, int]) -> str | None:
+    built = native.module().cuda_architectures
+    # What is built for 90a is cuda.sm90 alone.
+    if any(runs_on(architecture, capability) for architecture in built if not architecture.startswith("90a")):
+        return None
+    number = "".join(map(str, capability))
+    return (
+        f"this GPU is {sm(capability)}, the native module was built for {', '.join(built)}: build it with "
+        f"LLMFP4_CUDA_ARCHITECTURES={number}"
+    )
 
 
 def refusal(name: str, problem: Problem) -> str | None:
     """Why the family `name`, "gemv" or "sm80", does not take a problem."""
-    unusable = _unusable(problem)
-    if unusable:
-        return unusable
+    if unusable_here := _unusable(problem):
+        return unusable_here
     if problem.dtype not in DTYPES:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.n > 64 * GRID_LIMIT:
@@ -219,7 +185,7 @@ def refusal(name: str, problem: Problem) -> str | None:
     rows = problem.m * planes(problem)
     if name == "gemv" and rows > GEMV_ROWS:
         return f"{rows} rows of activations are more than {GEMV_ROWS}, which its registers hold"
-    return cuda_sm90.refusal(problem, machine.capability()) if name == "sm90" else None
+    return cuda_sm90.refusal(problem, machine.capability(problem.device_index)) if name == "sm90" else None
 
 
 def _refusal_of_integers(problem: Problem) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .. import native
 from ..problem import Problem
+from .gpu import sm
 
 CAPABILITY = (9, 0)
 """wgmma is in the machine code of this architecture alone."""
@@ -28,7 +29,7 @@ def multiplies_fp8(problem: Problem) -> bool:
 def refusal(problem: Problem, capability: tuple[int, int]) -> str | None:
     """None, or why a GPU of this compute capability does not run it."""
     if capability != CAPABILITY:
-        return f"this GPU is sm_{capability[0]}{capability[1]}, wgmma exists on sm_90 (Hopper) only"
+        return f"this GPU is {sm(capability)}, wgmma exists on sm_90 (Hopper) only"
     if problem.activation and problem.scale:
         return f"quantized activations need weights of one scale per row, these have {problem.scale.name} groups"
     built = native.module().cuda_architectures

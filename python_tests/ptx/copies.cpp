@@ -101,6 +101,13 @@ bool mbarrier_wait(Thread& T, u32 address, u32 parity, bool blocking) {
 // ---- bulk and tensor loads: performed when no thread can run, or at a random moment
 static void start(Thread& T, const TmaCopy& c) {
     find(T, c.mbarrier);
+    const SharedMark& init = B.written[c.mbarrier - SHARED_BASE];
+    const Thread& by = B.thread[init.thread];
+    if (by.proxy_seen.t[by.warp] < init.clock && T.proxy_seen.t[by.warp] < init.clock)
+        fail(T, "MissingFence",
+             "a copy arrives at mbarrier 0x%x, initialised by thread %u at %s, with no "
+             "fence.proxy.async between",
+             c.mbarrier, init.thread, describe(init.site).c_str());
     check_shared(T, c.dst, c.bytes, WRITE, 16);
     set_in_flight(c.dst, c.bytes);
     B.tma.push_back(c);

@@ -114,13 +114,13 @@ def atomic(f, m, *found):
     )
 
 
-@instruction(r"(?:fence\.(?:sc|acq_rel)|membar)\.(?P<scope>cta|gpu|sys|gl)|fence\.mbarrier_init\.release\.cluster")
+@instruction(r"(?:fence\.(?:sc|acq_rel)|membar)\.(?P<scope>cta|gpu|sys|gl)")
 def memory_fence(f, m):
     # Within a block, barriers order accesses; a fence alone never does.
-    return "" if m["scope"] in ("cta", None) else "fence(T);"
+    return "" if m["scope"] == "cta" else "fence(T);"
 
 
-@instruction(r"fence\.proxy\.async(?:\.(?:global|shared::cta))?")
+@instruction(r"fence\.proxy\.async(?:\.(?:global|shared::cta))?|fence\.mbarrier_init\.release\.cluster")
 def async_proxy_fence(f, m):
     return "proxy_fence(T);"
 

@@ -13,10 +13,10 @@ from ...formats import E4M3
 from ...packed import PackedFP4
 from ...problem import Kernel, Prepared, Problem
 from ..cpu import largest_k
+from ..gpu import unusable
 from . import configs, machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
 LEAST_ROWS, GRID_LIMIT = 32, 65535
 """Rows of codes in a tile; tiles along the second and third side of a grid."""
 GROUP_LIMIT = 1024
@@ -31,16 +31,7 @@ def _prepare(packed: PackedFP4, bias: torch.Tensor | None) -> Prepared:
 
 def _unusable(problem: Problem) -> str | None:
     """Why no Triton kernel runs here, whatever it multiplies."""
-    if problem.device != "cuda":
-        return f"runs on a GPU, the tensors are on {problem.device}"
-    if machine.problem_with_triton():
-        return machine.problem_with_triton()
-    capability = machine.here.capability()
-    if capability is None:
-        return "there is no GPU that torch can use"
-    if machine.here.ptx and capability < LEAST_CAPABILITY:
-        return f"this GPU is sm_{capability[0]}{capability[1]}, the kernels need sm_80 (Ampere) or later"
-    return None
+    return unusable(problem, machine.here, machine.problem_with_triton)
 
 
 def _no_power_of_two(what: str, size: int) -> str | None:
@@ -62,9 +53,8 @@ def _beyond_bf16(problem: Problem) -> str | None:
 
 def refusal(name: str, problem: Problem) -> str | None:
     """None, or why the row triton.NAME does not take a problem."""
-    unusable = _unusable(problem)
-    if unusable:
-        return unusable
+    if unusable_here := _unusable(problem):
+        return unusable_here
     if problem.dtype not in DTYPES:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     dynamic = problem.dynamic

@@ -6,32 +6,10 @@ from __future__ import annotations
 import functools
 import importlib
 
-import torch
+from ..gpu import Machine
 
 LEAST_VERSION = (3, 6)
-
-
-class Machine:
-    """The GPUs that torch sees."""
-
-    device_type = "cuda"
-    ptx = torch.version.hip is None
-    """Whether kernels may hold PTX."""
-
-    def capability(self) -> tuple[int, int] | None:
-        """Of the current GPU; None without one."""
-        return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-    def multiprocessors(self, device: torch.device) -> int:
-        return _properties(device.index).multi_processor_count
-
-    def on(self, device: torch.device):
-        """Makes `device` the current one for torch and for Triton; a context manager."""
-        return torch.cuda.device(device)
-
-
 here = Machine()
-_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 @functools.cache

@@ -128,7 +128,7 @@ class Prepared:
         return self.lookups[dtype]
 
     def _multiply(self, name: str, operands: torch.Tensor, x_scale: torch.Tensor | None, m: int, y: torch.Tensor):
-        config = configs.choose(name, operands, m, machine.here.capability(), machine.version())
+        config = configs.choose(name, operands, m, machine.here.capability(self.device.index), machine.version())
         planes = len(operands) if operands.dtype == torch.int8 else 1
         parts, table = len(operands) // planes, self._lookup(operands.dtype)
         splits = configs.splits(config, m, self.half, self.padded_k, machine.here.multiprocessors(self.device))
