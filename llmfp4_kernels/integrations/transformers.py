@@ -63,9 +63,12 @@ class LLMFP4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name in self.quantization_config.layers:
-            bias = getattr(model.get_submodule(name), "bias", None)
+            layer = model.get_submodule(name)
+            bias = getattr(layer, "bias", None)
             if bias is not None:
                 bias.requires_grad_(False)  # the loader made it trainable; frozen, it is added inside the kernel
+            if isinstance(layer, FP4Module):
+                layer.spec()  # the loader sets parameters past load_state_dict, and a trace could not read them
         share_codes(model, self.quantization_config.layers, self.dtype)
         if self.quantization_config.attention:
             use_attention(model, _operands(self.quantization_config.attention))
