@@ -190,9 +190,14 @@ class FP4Linear(FP4Module, nn.Linear):
 
     @classmethod
     def from_packed(cls, packed: PackedFP4, bias: torch.Tensor | None = None) -> FP4Linear:
-        """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype."""
+        """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype.
+
+        Raises BadInput for a bias of another shape, or with NaN or Inf.
+        """
         if bias is not None and list(bias.shape) != [packed.shape[0]]:
             raise BadInput(f"bias of shape {list(bias.shape)} does not match n = {packed.shape[0]}")
+        if bias is not None:
+            reference.require_finite("bias", bias)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._take(packed)
@@ -216,8 +221,6 @@ class FP4Linear(FP4Module, nn.Linear):
             recipe = quantize_linear(weight, recipe, calibration)
         if recipe.shape != tuple(weight.shape):
             raise BadInput(f"a packed weight of {list(recipe.shape)} does not match a layer of {list(weight.shape)}")
-        if linear.bias is not None:
-            reference.require_finite("bias", linear.bias)
         return cls.from_packed(recipe.to(weight.device), linear.bias)
 
     def _fused_bias(self) -> torch.Tensor | None:

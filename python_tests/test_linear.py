@@ -106,6 +106,11 @@ def test_bad_input_is_refused(packed):
             layer(x)
     with pytest.raises(BadInput, match=r"\[39\]"):
         FP4Linear.from_packed(packed, torch.zeros(39))
+    for value in ("nan", "-inf"):
+        bias = torch.zeros(40)
+        bias[7] = float(value)
+        with pytest.raises(BadInput, match=r"bias of shape \[40\] holds 1 values that are NaN or Inf"):
+            FP4Linear.from_packed(packed, bias)
     for sizes in [(0, 4), (4, 0)]:
         with pytest.raises(BadInput, match="at least 1"):
             FP4Linear(*sizes)
