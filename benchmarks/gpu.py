@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import adapters
 import arguments
@@ -125,7 +124,7 @@ def line(row: dict) -> str:
 def scheme(text: str) -> str:
     """RECIPE[:DTYPE][@KERNEL]."""
     recipe, separator, kernel = text.partition("@")
-    return arguments.scheme(recipe) + separator + kernel
+    return arguments.scheme(recipe) + separator + (arguments.kernel(kernel) if separator else "")
 
 
 def main(argv=None) -> int:
@@ -138,7 +137,9 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=arguments.rounds, default=3)
     parser.add_argument("--budget", type=arguments.seconds, default=0.01, help="seconds of one contender in one round")
     parser.add_argument("--limit", type=arguments.seconds, default=300, help="after which nothing new is started")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines, written anew; table and pictures beside")
+    parser.add_argument(
+        "--out", type=arguments.result_file, default=RESULTS, help="JSON lines, written anew; table and pictures beside"
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("gpu.py times products on a GPU: there is none that torch can use")
