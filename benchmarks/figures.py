@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import markdown
 import tables
 import tables_speed
 from result_file import lines_of
@@ -24,21 +25,17 @@ def demo_table(report: dict) -> list[str]:
     """The demo's language model: quality, size, speed."""
     decode, prefill = report["tokens_per_s"]["decode"], report["tokens_per_s"]["prefill"]
     sizes = report["bytes"] | report["bytes_by_recipe"]
-    lines = [
+    about = (
         f"`make demo`: {report['model']}, {report['tokens']} held-out tokens of {report['text']} "
         f"(`results/demo.json`, {where(report)}, {report['seconds']:.0f} s in all). "
         f"{report['quantization']['llm-fp4']['coverage']:.0%} of the parameters are in FP4; embedding, head and norms "
-        "stay in bf16.",
-        "",
-        "![quality against size, and speed](benchmarks/results/demo.png)",
-        "",
-        "| | perplexity | MB of weights | decode tokens/s | prefill tokens/s |",
-        "|---|---|---|---|---|",
-    ]
+        "stay in bf16.\n\n![quality against size, and speed](benchmarks/results/demo.png)"
+    )
+    rows = []
     for name in dict.fromkeys([*decode, *report["ppl"]]):
         cells = (report["ppl"].get(name), sizes.get(name, 0) / 1e6 or None, decode.get(name), prefill.get(name))
-        lines.append(f"| {name} | " + " | ".join("–" if c is None else f"{c:.1f}" for c in cells) + " |")
-    return lines
+        rows.append([name, *("–" if c is None else f"{c:.1f}" for c in cells)])
+    return markdown.table(about, ["", "perplexity", "MB of weights", "decode tokens/s", "prefill tokens/s"], rows)
 
 
 def speed(results: Path) -> list[list[str]]:

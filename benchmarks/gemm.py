@@ -97,7 +97,8 @@ def main(argv=None) -> int:
     parser.add_argument("--schemes", type=arguments.scheme, nargs="*", default=SCHEMES, metavar="RECIPE[:bf16]")
     parser.add_argument("--rivals", nargs="*", default=list(adapters()), choices=list(adapters()), metavar="RIVAL",
                         help=f"of {', '.join(adapters())}")  # fmt: skip
-    parser.add_argument("--kernels", nargs="*", default=[], help="rows of the registry to force, each a contender")
+    parser.add_argument("--kernels", type=arguments.kernel, nargs="*", default=[], metavar="KERNEL",
+                        help="rows of the registry to force, each a contender")  # fmt: skip
     parser.add_argument("--warm", action="store_true", help="one copy of each weight, which may stay in the cache")
     parser.add_argument("--rounds", type=arguments.rounds, default=9)
     parser.add_argument(

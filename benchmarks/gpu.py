@@ -10,7 +10,6 @@ import argparse
 import functools
 import sys
 import time
-from pathlib import Path
 
 import adapters
 import arguments
@@ -147,7 +146,7 @@ def line(row: dict) -> str:
 def scheme(text: str) -> str:
     """As of_scheme's, if its recipe and dtype are known."""
     recipe, separator, kernel = text.partition("@")
-    return arguments.scheme(recipe) + separator + kernel
+    return arguments.scheme(recipe) + separator + (arguments.kernel(kernel) if separator else "")
 
 
 def main(argv=None) -> int:
@@ -162,7 +161,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--limit", type=arguments.seconds, default=300, help="after which nothing new is started; shapes share it"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines, written anew; table and pictures beside")
+    parser.add_argument(
+        "--out", type=arguments.result_file, default=RESULTS, help="JSON lines, written anew; table and pictures beside"
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("gpu.py times products on a GPU: there is none that torch can use")

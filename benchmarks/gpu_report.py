@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import markdown
 from tables import where
 
 from llmfp4_kernels.errors import BadFile
@@ -35,17 +36,13 @@ def table(key: Key, rows: list[dict]) -> list[str]:
     ms = sorted({row["m"] for row in rows})
     at = {(row["name"], row["m"]): row for row in rows}
     about = f"{first['gpu']}, {where(first)}, copies move {first['copy_gbps']:,.0f} GB/s"
-    lines = [
+    about = (
         f"n = {n}, k = {k} ({about}): µs of one product, times faster than {BASE}, and share of the floor: the bytes "
-        "of weight, x and y at the speed of a copy.",
-        "",
-        "| m | " + " | ".join(map(str, ms)) + " |",
-        "|---" * (len(ms) + 1) + "|",
-    ]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        cells = [_cell(at.get((name, m)), at.get((BASE, m))) for m in ms]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        "of weight, x and y at the speed of a copy."
+    )
+    names = dict.fromkeys(row["name"] for row in rows)
+    cells = ([name, *(_cell(at.get((name, m)), at.get((BASE, m))) for m in ms)] for name in names)
+    return markdown.table(about, ["m", *ms], cells)
 
 
 def draw(key: Key, rows: list[dict], path: Path) -> Path:

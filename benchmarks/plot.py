@@ -1,18 +1,24 @@
-"""Pictures of gemm.py's result files: throughput against m under the roofline, and speed against error.
+"""Pictures of gemm.py's result files, gemm-NxK-Tt.png beside them: python benchmarks/plot.py --help.
 
-python benchmarks/plot.py [results/gemm.jsonl [NxK ...]] writes gemm-NxK-Tt.png beside it for these shapes, or all, and
-every thread count.
+Throughput against m under the roofline, and speed against error, one picture for each shape and thread count.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
+import arguments
 from machine import ROOT
 from result_file import lines_of
 from tables_speed import is_rival, problems
+
+from llmfp4_kernels.errors import BadFile, LLMFP4Error
+
+NEEDED = {"name", "m", "n", "k", "threads", "unit", "gflops", "roofline_seconds", "error", "ratio", "machine", "commit"}
+"""What a row must have to be drawn."""
 
 FAMILIES = {"torch": "#999999", "oneDNN": "#555555", "llama.cpp": "#c9a227", "onnxruntime": "#d1495b",
             "bitsandbytes": "#8d6a9f", "torchao": "#b08968"}  # fmt: skip
@@ -87,17 +93,31 @@ def draw(key: tuple[int, int, int], rows: list[dict], folder: Path) -> Path:
     return path
 
 
-def main() -> int:
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results" / "gemm.jsonl"
-    rows = [row for row in lines_of(file) if "roofline_seconds" in row]
-    if not rows:
-        sys.exit(f"{file} has no rows of gemm.py --out")
-    shapes, found = sys.argv[2:], problems(rows)
-    wanted = {key: rows for key, rows in found.items() if not shapes or f"{key[0]}x{key[1]}" in shapes}
-    if not wanted:
-        sys.exit(f"{file} has no rows of {', '.join(shapes)}")
-    for key, rows in wanted.items():
-        print(f"wrote {draw(key, rows, file.parent)}")
+def drawn(file: Path, shapes: list[tuple[int, int]]) -> list[Path]:
+    """Pictures of these shapes, or of all. Raises BadFile where there are no rows of them."""
+    if not file.is_file():
+        raise BadFile(f"there is no file {file}")
+    found = problems([row for row in lines_of(file) if row.keys() >= NEEDED])
+    if not found:
+        raise BadFile(f"{file} has no rows of gemm.py --out")
+    missing = [f"{n}x{k}" for n, k in shapes if (n, k) not in {key[:2] for key in found}]
+    if missing:
+        raise BadFile(f"{file} has no rows of {', '.join(missing)}")
+    return [draw(key, rows, file.parent) for key, rows in found.items() if not shapes or key[:2] in shapes]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    results = ROOT / "benchmarks" / "results" / "gemm.jsonl"
+    parser.add_argument("file", type=Path, nargs="?", default=results, help="JSON lines of gemm.py --out")
+    parser.add_argument("shapes", type=arguments.shape, nargs="*", metavar="NxK", help="those to draw (default: all)")
+    options = parser.parse_args(argv)
+    try:
+        for path in drawn(options.file, options.shapes):
+            print(f"wrote {path}")
+    except (LLMFP4Error, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -49,18 +49,33 @@ class ResultFile:
 
 
 def lines_of(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; none while it is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a file of JSON lines; none while it is missing. Raises BadFile for anything but lines of objects."""
+    rows = []
+    for number, line in enumerate(_text_of(path).splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise BadFile(f"line {number} of {path} is no JSON object: {error}") from error
+    return rows
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} cannot be read: {error}") from error
 
 
 def recorder(path: Path | None, show: Callable[[dict], str], **about) -> Callable[[dict], None]:
-    """record(row): prints it, and appends it to `path` as a JSON line with the machine, the commit and `about`."""
+    """record(row): prints it, and appends it to `path` as a JSON line with the machine, the commit and `about`.
+
+    arguments.result_file has made the folder and seen that the file can be written.
+    """
     where = {"machine": machine.machine(), "commit": machine.commit(), **about}
 
     def record(row: dict) -> None:
         print(show(row), flush=True)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(row | where) + "\n")
 

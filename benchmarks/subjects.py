@@ -16,17 +16,14 @@ BUILD = machine.ROOT / "build"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The demo's tokens, and numbers of sentences."""
+class Sizes(corpus.Tokens):
+    """Of tokens, and numbers of sentences."""
 
-    calibration: int = 16 * 512
-    evaluation: int = 16 * 512
-    window: int = 512
     calibration_sentences: int = 512
     sentences: int = 1024
 
 
-QUICK = Sizes(calibration=256, evaluation=512, window=128, calibration_sentences=32, sentences=48)
+QUICK = Sizes(**corpus.QUICK, calibration_sentences=32, sentences=48)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import markdown
+
 FULL = "full precision"
 WIDTHS = (4, 8, 16)
 METHODS = {
@@ -46,19 +48,17 @@ def _agreement(quality: dict) -> str:
 def _accuracy_table(report: dict, section: str, what: str, cell: Callable[[dict], str]) -> list[str]:
     about, rows = report[section]["about"], report[section]["rows"]
     methods = {title: dict(zip(WIDTHS, names)) for title, names in METHODS.items()} | _other_methods(rows)
-    lines = [
+    sentence = (
         f"{about['model']}, {about['text']}: {what}. In full precision {cell(rows[FULL]['quality'])} "
-        f"(`results/accuracy.json`, {where(report, rows)}).",
-        "",
-        "| | bits per weight | " + " | ".join(f"W4A{width}" for width in WIDTHS) + " |",
-        "|---" * (len(WIDTHS) + 2) + "|",
-    ]
+        f"(`results/accuracy.json`, {where(report, rows)})."
+    )
+    cells = []
     for title, names in methods.items():
         found = [rows.get(names.get(width)) for width in WIDTHS]
         if any(found):
             bits = " / ".join(dict.fromkeys(f"{row['bits_per_weight']:.2f}" for row in found if row))
-            cells = ["–" if row is None else cell(row["quality"]) for row in found]
-            lines.append(f"| {title} | {bits} | " + " | ".join(cells) + " |")
+            cells.append([title, bits, *("–" if row is None else cell(row["quality"]) for row in found)])
+    lines = markdown.table(sentence, ["", "bits per weight", *(f"W4A{width}" for width in WIDTHS)], cells)
     checks = {name: row["check"] for name, row in rows.items() if "check" in row}
     if checks:
         lines += [
@@ -98,37 +98,33 @@ def zero_shot_table(report: dict) -> list[str]:
     """Accuracy per task, one line per model."""
     about, rows = report["zero_shot"]["about"], report["zero_shot"]["rows"]
     tasks = rows[FULL]["scores"]
-    lines = [
+    sentence = (
         f"{about['model']}, zero-shot accuracy in % ± standard error, {about['limit']} documents per task drawn by "
         f"seed {about['seed']}, lm-eval {about['lm_eval']} (`results/zero_shot.json`, {where(report, rows)}). The last "
-        "column is the difference to full precision on the same documents.",
-        "",
-        "| | " + " | ".join(TASK_TITLES.get(name, name) for name in tasks) + " | average | difference |",
-        "|---" * (len(tasks) + 3) + "|",
-    ]
+        "column is the difference to full precision on the same documents."
+    )
+    lines = []
     for name, row in rows.items():
         pairs = [(task["acc"], task["stderr"]) for task in row["scores"].values()] + [row["average"]]
         cells = [f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in pairs]
         cells.append(f"{-100 * row['loss'][0]:+.1f} ± {100 * row['loss'][1]:.1f}" if "loss" in row else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([name, *cells])
+    head = ["", *(TASK_TITLES.get(name, name) for name in tasks), "average", "difference"]
+    return markdown.table(sentence, head, lines)
 
 
 def ablations_table(report: dict) -> list[str]:
     """Output error of each variant of the search relative to the default."""
     about, rows = report["ablations"]["about"], report["ablations"]["rows"]
-    lines = [
+    sentence = (
         f"Variants of the search on {len(about['layers'])} layers of {about['model']}, W4A4: mean squared error of the "
         f"output on {about['held_out']} tokens that the search has not seen, geometric mean of the ratios to the "
-        f"default, {about['default']} (`results/ablations.json`, {where(report, rows)}).",
-        "",
-        "| | variant | error / default's | least and largest | perplexity |",
-        "|---|---|---|---|---|",
-    ]
+        f"default, {about['default']} (`results/ablations.json`, {where(report, rows)})."
+    )
+    cells = []
     for name, row in rows.items():
         group, _, variant = name.partition(": ")
         perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else "–"
-        lines.append(
-            f"| {group} | {variant} | {row['ratio']:.3f} | {row['least']:.2f} – {row['largest']:.2f} | {perplexity} |"
-        )
-    return lines
+        extremes = f"{row['least']:.2f} – {row['largest']:.2f}"
+        cells.append([group, variant, f"{row['ratio']:.3f}", extremes, perplexity])
+    return markdown.table(sentence, ["", "variant", "error / default's", "least and largest", "perplexity"], cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import markdown
 from bench import ratio_quartiles
 from tables import where
 
@@ -57,40 +58,33 @@ def _about(key: tuple[int, int, int], rows: list[dict]) -> str:
 def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     """Everyone's speed over torch fp32 for each m, beside the error against fp32."""
     ms = sorted({row["m"] for row in rows})
-    lines = [
-        f"{_about(key, rows)}: times faster than torch's fp32 linear, median of pairs. Error: of y, relative to "
-        "fp32's.",
-        "",
-        "| m | error | " + " | ".join(map(str, ms)) + " |",
-        "|---" * (len(ms) + 2) + "|",
-    ]
+    about = (
+        f"{_about(key, rows)}: times faster than torch's fp32 linear, median of pairs. Error: of y, relative to fp32's."
+    )
+    cells = []
     for name in dict.fromkeys(row["name"] for row in rows):
         by_m = {row["m"]: row for row in rows if row["name"] == name}
         error = _cell(next(iter(by_m.values())).get("error"), 3)
-        cells = [_cell(by_m[m]["ratio"], 2) if m in by_m else "–" for m in ms]
-        lines.append(f"| {name} | {error} | " + " | ".join(cells) + " |")
-    return lines
+        cells.append([name, error, *(_cell(by_m[m]["ratio"], 2) if m in by_m else "–" for m in ms)])
+    return markdown.table(about, ["m", "error", *ms], cells)
 
 
 def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     """Ours against the fastest of each kind of rival, with what part of the roofline they reach."""
-    lines = [
+    about = (
         f"{_about(key, rows)}: our kernels, their median time with its interquartile range, their share of the "
         "roofline and (m = 1) of the bandwidth of reading in the same run, and how many times faster they are than the "
-        "fastest of each kind, median of pairs.",
-        "",
-        "| recipe | m | kernel | µs | roofline | bandwidth | " + " | ".join(REFERENCES) + " |",
-        "|---" * (len(REFERENCES) + 6) + "|",
-    ]
+        "fastest of each kind, median of pairs."
+    )
+    cells = []
     for row in rows:
         if not is_rival(row) and "roofline" in row:
             ratios = [_cell(faster(row, rows, among), 2) for among in REFERENCES.values()]
             share = f"{row['gbps'] / row['read_gbps']:.0%}" if row["m"] == 1 else "–"
-            lines.append(
-                f"| {row['name']} | {row['m']} | {row['kernel'].removeprefix('cpu.')} | {row['seconds'] * 1e6:,.0f} "
-                f"± {row['spread']:.0%} | {row['roofline']:.0%} | {share} | " + " | ".join(ratios) + " |"
-            )
-    return lines
+            time = f"{row['seconds'] * 1e6:,.0f} ± {row['spread']:.0%}"
+            kernel = row["kernel"].removeprefix("cpu.")
+            cells.append([row["name"], row["m"], kernel, time, f"{row['roofline']:.0%}", share, *ratios])
+    return markdown.table(about, ["recipe", "m", "kernel", "µs", "roofline", "bandwidth", *REFERENCES], cells)
 
 
 def gemm_tables(rows: list[dict]) -> list[list[str]]:
@@ -105,33 +99,26 @@ def gemm_tables(rows: list[dict]) -> list[list[str]]:
 
 def model_table(rows: list[dict]) -> list[str]:
     """Tokens per second of whole models with random weights."""
-    lines = [
+    about = (
         f"Whole models of random weights, tokens per second (`results/model.jsonl`, {where(rows[0])}). Decode is "
-        f"batch 1 after {rows[0]['prompt']} tokens, prefill {rows[0]['prefill_tokens']} tokens.",
-        "",
-        "| model | | threads | decode | prefill |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = row["model"], row["name"], str(row["threads"]), _cell(row["decode"]), _cell(row["prefill"])
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        f"batch 1 after {rows[0]['prompt']} tokens, prefill {rows[0]['prefill_tokens']} tokens."
+    )
+    cells = ([r["model"], r["name"], r["threads"], _cell(r["decode"]), _cell(r["prefill"])] for r in rows)
+    return markdown.table(about, ["model", "", "threads", "decode", "prefill"], cells)
 
 
 def quantize_table(rows: list[dict]) -> list[str]:
     """Weights per second of quantization."""
     n, k, tokens = (rows[0][name] for name in ("n", "k", "tokens"))
     threads = sorted({row["threads"] for row in rows})
-    lines = [
+    about = (
         f"Quantizing a weight, n = {n}, k = {k}, {tokens} tokens of calibration: million weights per second "
-        f"(`results/quantize.jsonl`, {where(rows[0])}). Error: of the weight, relative.",
-        "",
-        "| | error | " + " | ".join(f"{count} thread{'s' if count > 1 else ''}" for count in threads) + " |",
-        "|---" * (len(threads) + 2) + "|",
-    ]
+        f"(`results/quantize.jsonl`, {where(rows[0])}). Error: of the weight, relative."
+    )
+    cells = []
     for name in dict.fromkeys(row["name"] for row in rows):
         by_threads = {row["threads"]: row for row in rows if row["name"] == name}
-        cells = [_cell(by_threads[count]["mega_weights"], 2) if count in by_threads else "–" for count in threads]
-        error = _cell(next(iter(by_threads.values()))["error"], 3)
-        lines.append(f"| {name} | {error} | " + " | ".join(cells) + " |")
-    return lines
+        speeds = [_cell(by_threads[count]["mega_weights"], 2) if count in by_threads else "–" for count in threads]
+        cells.append([name, _cell(next(iter(by_threads.values()))["error"], 3), *speeds])
+    head = ["", "error", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads)]
+    return markdown.table(about, head, cells)

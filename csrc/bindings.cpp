@@ -41,13 +41,19 @@ public:
              pointer<uint8_t>(group_scale),
              group_size,
              group_size ? (k + group_size - 1) / group_size : 0,
-             x_factor != 0},
+             false},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
         const float* of_input = pointer<float>(x_factor);
         for (int i = 0; i < k; ++i)
             factor_[i] = std::ldexp(of_input ? of_input[i] : 1.0f, shift_ ? -int(shift_[i]) : 0);
+        w_.smoothed = std::any_of(factor_.begin(), factor_.end(), [](float f) {
+            int exponent;
+            return f != 0.0f && std::frexp(f, &exponent) != 0.5f;
+        });
     }
+
+    bool smoothed() const { return w_.smoothed; }
 
     // Activations become codes of `element` at the static scale `x_scale`: W4A4.
     void quantize_activations(std::tuple<int, int, int> element, float x_scale) {
@@ -150,6 +156,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("shift") = 0, py::arg("x_factor") = 0)
         .def("quantize_activations", &Linear::quantize_activations, py::arg("element"), py::arg("x_scale"))
         .def("quantize_dynamically", &Linear::quantize_dynamically, py::arg("element"), py::arg("group_size"))
+        .def_property_readonly("smoothed", &Linear::smoothed)
         .def("run", &Linear::run);
     m.def("kernels", &list_kernels);
     m.def("kernel", &kernel_named, py::return_value_policy::reference);

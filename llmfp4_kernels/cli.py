@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,9 +24,10 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (see '{self.prog} --help')")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+def count(text: str, least: int = 1) -> int:
+    """An argparse type: a whole number, at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return int(text)
 
 
@@ -71,8 +71,8 @@ def explain(args) -> dict:
     import torch
 
     from .problem import Problem
-    from .registry import FORCE
     from .registry import explain as walk
+    from .registry import forced
 
     recipe = formats.recipe(args.recipe)
     element = _element(args.element, recipe.weight_elements, "weight element")
@@ -81,13 +81,13 @@ def explain(args) -> dict:
         recipe, args.m, args.n, args.k, element, activation, getattr(torch, args.dtype), args.device
     )
     steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
-    forced = os.environ.get(FORCE)
-    willing = [step["kernel"] for step in steps if step["refusal"] is None and forced in (None, "", step["kernel"])]
+    name = kernel.name if (kernel := forced()) else None
+    willing = [step["kernel"] for step in steps if step["refusal"] is None and name in (None, step["kernel"])]
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
-        "forced": forced or None, "runs": willing[0] if willing else None,
+        "forced": name, "runs": willing[0] if willing else None,
     }  # fmt: skip
 
 
@@ -112,9 +112,11 @@ def _add_model_commands(command) -> None:
     c.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run resumes (OUT.partial)")
     c.add_argument("--recipe", default="llm-fp4", help=f"one of {', '.join(formats.RECIPES)}")
     c.add_argument("--calibration", type=Path, metavar="TEXT", help="UTF-8 text file")
-    c.add_argument("--tokens", type=positive, default=16384, help="calibration tokens (default 16384)")
-    c.add_argument("--include", action="append", metavar="GLOB", help="layers to quantize (default: all)")
-    c.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave out")
+    c.add_argument("--tokens", type=count, default=16384, help="calibration tokens (default 16384)")
+    c.add_argument(
+        "--include", action="append", metavar="GLOB", help="layers to quantize (default: all); a glob must match"
+    )
+    c.add_argument("--exclude", action="append", metavar="GLOB", help="layers to leave out; a glob must match")
     c.add_argument("--override", action="append", metavar="GLOB=RECIPE", help="another recipe for some layers")
     c.add_argument("--lm-head", action="store_true", help="quantize lm_head too")
     c.add_argument("--embeddings", action="store_true", help="quantize the input embedding too")
@@ -123,11 +125,11 @@ def _add_model_commands(command) -> None:
     c.add_argument("model", type=Path, help="folder that quantize wrote")
     c.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
     c.add_argument("--against", type=Path, metavar="MODEL", help="full-precision model to evaluate beside it")
-    c.add_argument("--tokens", type=positive, help="first tokens of the text only")
+    c.add_argument("--tokens", type=count, help="first tokens of the text only")
     c = command("generate", commands.generate, commands.show_generate, "continue a prompt, greedily")
     c.add_argument("model", type=Path, help="folder that quantize wrote")
     c.add_argument("--prompt", required=True)
-    c.add_argument("--tokens", type=positive, default=64, help="new tokens at most (default 64)")
+    c.add_argument("--tokens", type=count, default=64, help="new tokens at most (default 64)")
     c.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     c = command("inspect", commands.inspect, commands.show_inspect, "formats and sizes of a quantized model or tensor")
     c.add_argument("model", type=Path, help="folder that quantize wrote, or the file of one PackedFP4")
@@ -147,7 +149,7 @@ def parser() -> Parser:
     command("info", info, show_info, "machine, versions, native module, kernels available and why not")
     c = command("explain", explain, show_explain, "what each kernel answers to one problem")
     for name, what in (("m", "rows of activations"), ("n", "outputs"), ("k", "inputs")):
-        c.add_argument(f"--{name}", type=positive, required=True, help=what)
+        c.add_argument(f"--{name}", type=count, required=True, help=what)
     c.add_argument("--recipe", default="llm-fp4", help=f"one of {', '.join(formats.RECIPES)}")
     c.add_argument("--element", help="weight element, where the recipe searches it (default e2m1)")
     c.add_argument("--activation", help="activation element, where the recipe searches it (default e2m1)")

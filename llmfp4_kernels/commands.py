@@ -70,6 +70,7 @@ def quantize(args) -> dict:
 
     from .evaluate import load_ids, windows
     from .quantizer.pipeline import quantize_model
+    from .quantizer.plan import DEFAULT_EXCLUDE
 
     recipe, overrides = formats.recipe(args.recipe), _overrides(args.override or [])
     _output_folder(args.out)
@@ -78,11 +79,12 @@ def quantize(args) -> dict:
     if args.calibration:
         _nonblank_text(args.calibration)
     transformers = _integration()
-    model, tokenizer = transformers.load_dense(args.model)
+    model, tokenizer = _dense(args.model)
     calibration = None
     if args.calibration:
         calibration = windows(load_ids(tokenizer, args.calibration, args.tokens), WINDOW, batch=4)
-    include, exclude = list(args.include or ["*"]), list(args.exclude or []) + ([] if args.lm_head else ["lm_head"])
+    include = list(args.include or ["*"])
+    exclude = list(args.exclude or []) + ([] if args.lm_head else list(DEFAULT_EXCLUDE))
     if args.embeddings:
         include += [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
     work = args.out.with_name(f"{args.out.name}.partial")  # beside, so that --out appears whole or not at all
@@ -113,9 +115,18 @@ def show_quantize(result: dict) -> str:
     )
 
 
+def _dense(path: Path):
+    """(model, tokenizer) in full precision."""
+    if is_quantized(path):
+        raise BadInput(f"{path} is quantized already: name the model in full precision that it was made from")
+    return _integration().load_dense(path)
+
+
 def _quantized(path: Path):
     """(model, tokenizer) of a folder that `quantize` wrote."""
     transformers = _integration()
+    if is_quantized(path):
+        transformers.require_tokenizer(path)  # before the model is read
     return transformers.load_quantized(path), transformers.load_tokenizer(path)
 
 
@@ -128,7 +139,7 @@ def evaluate(args) -> dict:
     result = {"model": str(args.model), "text": str(args.text), "tokens": len(ids), "window": WINDOW}
     result["ppl"] = perplexity(model, ids, WINDOW)
     if args.against:
-        dense, _ = _integration().load_dense(args.against)
+        dense, _ = _dense(args.against)
         result["against"] = {"model": str(args.against), "ppl": perplexity(dense, ids, WINDOW)}
     return result
 

@@ -50,6 +50,7 @@ class FP4Embedding(FP4Module):
         self._set_format(head.in_features, head.out_features, head.recipe, head.scale, head.group_size, head.dynamic)
         for name in cls.TENSORS:
             setattr(self, name, getattr(head, name))
+        self._spec, self._spec_text, self._unread = head.spec(), head._spec_text, head._unread
         self._describe(head.out_features, head.in_features, dtype, padding_idx)
         return self
 

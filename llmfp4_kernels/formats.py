@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from .errors import BadInput
 
 INT8_MAX = 127
+INTEGER_GROUP_MAX = 256
+"""Activations in a group with an integer scale: kernels sum the squares of their errors in int32."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def searched_elements(bits: int) -> tuple[Element, ...]:
     """The formats LLM-FP4 searches among at a bit width (paper section 4.1 and the release's 8-bit list)."""
     names = {4: "e3m0 e2m1 e1m2", 6: "e5m0 e4m1 e3m2 e2m3 e1m4", 8: "e5m2 e4m3 e3m4 e2m5 e1m6"}
     if bits not in names:
-        raise BadInput(f"no formats to search at {bits} bits: expected 4, 6 or 8")
+        raise BadInput(f"no formats to search at {bits!r} bits: expected 4, 6 or 8")
     return tuple(element(name) for name in names[bits].split())
 
 
@@ -151,9 +153,9 @@ X_SCALES = SCALES | {INTEGER.name: INTEGER}
 class Dynamic:
     """Activation scales taken at run time: one per token, and one for each group of channels within it if asked.
 
-    Without groups and with "integer" ones (1 ≤ integer ≤ element.max_factor) a product with weights of one scale per
-    row is a sum of int8 products, exact in int32. "e4m3" groups are NVFP4's, "e8m0" groups MXFP4's, which have no
-    scale per token.
+    Without groups and with "integer" ones (1 ≤ integer ≤ element.max_factor, groups of at most INTEGER_GROUP_MAX) a
+    product with weights of one scale per row is a sum of int8 products, exact in int32. "e4m3" groups are NVFP4's,
+    "e8m0" groups MXFP4's, which have no scale per token.
     """
 
     group_size: int = 0
@@ -162,6 +164,8 @@ class Dynamic:
     def __post_init__(self):
         if (self.group_scale is None) != (self.group_size == 0) or self.group_size < 0:
             raise BadInput(f"group_size = {self.group_size} and group_scale {self.group_scale} belong together")
+        if self.group_scale == INTEGER and self.group_size > INTEGER_GROUP_MAX:
+            raise BadInput(f"integer groups hold at most {INTEGER_GROUP_MAX} activations, got {self.group_size}")
 
     @property
     def integer(self) -> bool:

@@ -41,7 +41,9 @@ def _raw(*shape: int, device=None) -> nn.Parameter:
 class FP4Module(nn.Module):
     """A packed weight [n, k] as a module: everything that defines it is a uint8 Parameter.
 
-    So `.half()`, autocast, safetensors, LoRA, offloading and pickle leave it intact:
+    So `.half()`, autocast, safetensors, LoRA, offloading and pickle leave it intact. None of them can require a
+    gradient: `requires_grad_(True)` on a layer, or on a model that holds one, is torch's RuntimeError. Ask it of the
+    bias, of adapters or of the floating-point parameters alone.
 
         codes        [n, ceil(k/2)]   or, once a kernel has run, its tiles (layout.py); state_dict is in row order
         row_scale    [n, 4]           float32 bytes
@@ -57,8 +59,7 @@ class FP4Module(nn.Module):
     def _set_format(self, k, n, recipe, scale, group_size, dynamic):
         self.in_features, self.out_features = k, n
         self.recipe, self.scale, self.group_size, self.dynamic = recipe, scale, group_size, dynamic
-        self._spec: dict | None = None
-        self._spec_of_meta = False
+        self._unread = True
         self._current: CurrentMultiplier | None = None
 
     def _fresh_tensors(self, recipe: Recipe, device):
@@ -66,7 +67,7 @@ class FP4Module(nn.Module):
         activation = recipe.activation_elements
         self.codes = _raw(*codes_shape(n, k, "row"), device=device)
         self.row_scale = _raw(n, 4, device=device)
-        self.elements = self._elements(recipe.weight_elements[0], activation[0] if activation else None, device)
+        self._name(recipe.weight_elements[0], activation[0] if activation else None, device)
         self.group_scale = _raw(n, -(-k // recipe.group_size), device=device) if recipe.group_size else None
         ones = functools.partial(torch.ones, dtype=torch.float32, device=device)
         static = activation and recipe.dynamic is None
@@ -74,10 +75,29 @@ class FP4Module(nn.Module):
         self.shift = _raw(k, device=device) if recipe.preshift and activation else None
         self.x_factor = nn.Parameter(as_bytes(ones(k)), requires_grad=False) if recipe.smoothing else None
 
-    @staticmethod
-    def _elements(element: Element, activation: Element | None, device) -> nn.Parameter:
+    def _name(self, element: Element, activation: Element | None, device) -> None:
+        """Set `elements` and the spec. On meta they stand for those that a checkpoint will bring."""
         codes = [element_byte(element), element_byte(activation) if activation else 0]
-        return nn.Parameter(torch.tensor(codes, dtype=torch.uint8, device=device), requires_grad=False)
+        self.elements = nn.Parameter(torch.tensor(codes, dtype=torch.uint8, device=device), requires_grad=False)
+        self._describe_elements(element, activation)
+        self._unread = self.elements.is_meta
+
+    def _describe_elements(self, element: Element, activation: Element | None) -> None:
+        if element.bits != 4:
+            raise BadInput(f"elements {self.elements.tolist()} name {element.name} weights: expected a 4-bit format")
+        self._spec = {
+            "k": self.in_features,
+            "element": element.name,
+            "activation": activation.name if activation else None,
+            "dynamic": describe_dynamic(self.dynamic),
+            "scale": self.scale.name if self.scale else None,
+            "group_size": self.group_size,
+            "recipe": self.recipe,
+        }
+        # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
+        self._spec_text = {
+            ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in layout.LAYOUT_OF_NDIM.items()
+        }
 
     def _take(self, packed: PackedFP4):
         n, k = packed.shape
@@ -85,7 +105,6 @@ class FP4Module(nn.Module):
         tensors = {
             "codes": packed.codes,
             "row_scale": as_bytes(packed.row_scale),
-            "elements": self._elements(packed.element, packed.activation, packed.codes.device),
             "group_scale": packed.group_scale,
             "x_scale": None if packed.x_scale is None else as_bytes(packed.x_scale),
             "shift": packed.shift,
@@ -93,7 +112,7 @@ class FP4Module(nn.Module):
         }
         for name, tensor in tensors.items():
             setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-        self.spec()
+        self._name(packed.element, packed.activation, packed.codes.device)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -101,28 +120,11 @@ class FP4Module(nn.Module):
         return self.codes
 
     def spec(self) -> dict:
-        """PackedFP4.spec of the weight; `elements` is read once."""
-        if self._spec is None or self._spec_of_meta:
-            # On meta nothing but shapes is known: any element stands for the one that a checkpoint will bring.
-            anything = [2, 0 if self.x_scale is None and self.dynamic is None else 2]
-            weight, activation = anything if self.elements.is_meta else self.elements.tolist()
-            element = element_of_byte(weight)
-            if element.bits != 4:
-                raise BadInput(f"elements {[weight, activation]} name {element.name} weights: expected a 4-bit format")
-            self._spec = {
-                "k": self.in_features,
-                "element": element.name,
-                "activation": element_of_byte(activation).name if activation else None,
-                "dynamic": describe_dynamic(self.dynamic),
-                "scale": self.scale.name if self.scale else None,
-                "group_size": self.group_size,
-                "recipe": self.recipe,
-            }
-            self._spec_of_meta = self.elements.is_meta
-            # Encoded here, not in forward: torch.compile traces forward, and JSON is not traceable.
-            self._spec_text = {
-                ndim: json.dumps(self._spec | {"layout": name}) for ndim, name in layout.LAYOUT_OF_NDIM.items()
-            }
+        """PackedFP4.spec of the weight. `elements` is read once, when it was loaded: a trace cannot read a tensor."""
+        if self._unread and not self.elements.is_meta:
+            weight, activation = self.elements.tolist()
+            self._describe_elements(element_of_byte(weight), element_of_byte(activation) if activation else None)
+            self._unread = False
         return self._spec
 
     def op_arguments(self) -> tuple:
@@ -158,7 +160,9 @@ class FP4Module(nn.Module):
             if tensor is not None and tensor.dtype != torch.uint8:
                 raise BadInput(f"{prefix}{name} is {tensor.dtype} in the state dict, expected raw torch.uint8")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._spec = None
+        self._unread = True
+        if prefix + "elements" in state_dict:
+            self.spec()
 
 
 class FP4Linear(FP4Module, nn.Linear):
@@ -186,8 +190,13 @@ class FP4Linear(FP4Module, nn.Linear):
 
     @classmethod
     def from_packed(cls, packed: PackedFP4, bias: torch.Tensor | None = None) -> FP4Linear:
-        """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype."""
+        """A layer around a PackedFP4, whose tensors it shares; bias [n] is copied and keeps its dtype.
+
+        Raises BadInput for a bias of another shape, or with NaN or Inf.
+        """
         require_bias(bias, packed.shape[0])
+        if bias is not None:
+            reference.require_finite("bias", bias)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._take(packed)
@@ -211,8 +220,6 @@ class FP4Linear(FP4Module, nn.Linear):
             recipe = quantize_linear(weight, recipe, calibration)
         if recipe.shape != tuple(weight.shape):
             raise BadInput(f"a packed weight of {list(recipe.shape)} does not match a layer of {list(weight.shape)}")
-        if linear.bias is not None:
-            reference.require_finite("bias", linear.bias)
         return cls.from_packed(recipe.to(weight.device), linear.bias)
 
     def _fused_bias(self) -> torch.Tensor | None:

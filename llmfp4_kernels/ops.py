@@ -27,8 +27,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_bytes(raw: torch.Tensor) -> torch.Tensor:
-    """Inverse of `as_bytes`; copies if the bytes lie unaligned."""
-    if raw.data_ptr() % 4:
+    """Inverse of `as_bytes`; copies if the bytes lie unaligned, and in a trace, which knows no addresses."""
+    if torch.compiler.is_compiling() or raw.data_ptr() % 4:
         raw = raw.clone()
     return raw.view(torch.float32).squeeze(-1)
 

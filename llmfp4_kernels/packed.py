@@ -17,6 +17,7 @@ from .formats import FP4_ELEMENTS, INT8_MAX, INTEGER, SCALES, X_SCALES, Dynamic,
 from .formats import element as element_named
 
 FORMAT, VERSION = "llmfp4", 1
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,8 @@ class PackedFP4:
     row_scale    float32 [n]            per output channel
     group_scale  uint8 [n, ceil(k/G)]   raw bytes of `scale` (E8M0 or E4M3), or None
     shift        uint8 [k]              pre-shifted exponent bias of each input channel, or None
-    x_scale      float32 []             static activation scale; None with dynamic scales or 16-bit activations
+    x_scale      float32 []             static activation scale, 2^shift / x_scale within fp32; None with dynamic scales
+                                        or 16-bit activations
     x_factor     float32 [k]            what activations are multiplied by before anything else (ModelOpt's
                                         pre_quant_scale), or None
 
@@ -130,11 +132,16 @@ class PackedFP4:
             self._check("x_scale", torch.float32, [])
             if not (self.x_scale.isfinite() and self.x_scale > 0):
                 raise BadInput(f"x_scale is {self.x_scale.item()}: it must be positive and finite")
+        top = 0
         if self.shift is not None:
             self._check("shift", torch.uint8, [k])
-            limit = self.activation.max_shift if self.activation else 15
-            if int(self.shift.max()) > limit:
-                raise BadInput(f"shift goes up to {int(self.shift.max())}, its limit here is {limit}")
+            top, limit = int(self.shift.max()), self.activation.max_shift if self.activation else 15
+            if top > limit:
+                raise BadInput(f"shift goes up to {top}, its limit here is {limit}")
+        if self.x_scale is not None and 2.0**top / self.x_scale.item() > FP32_MAX:
+            raise BadInput(
+                f"x_scale is {self.x_scale.item()} beside shifts up to {top}: 2^shift / x_scale exceeds fp32"
+            )
         if self.x_factor is not None:
             if self.x_scale is not None:
                 raise BadInput("x_factor goes with dynamic or 16-bit activations, these have a static x_scale")

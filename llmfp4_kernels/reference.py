@@ -106,13 +106,16 @@ def group_factors(packed: PackedFP4, scales: XScales, dtype=torch.float32) -> to
 def quantize_activation(x: torch.Tensor, packed: PackedFP4, scales: XScales | None = None) -> torch.Tensor:
     """Codes (uint8, one a byte) of x [..., k]: the element nearest to u · (2^shift[k] · fp32(1/x_scale)).
 
-    u = fp32(x · x_factor). With groups that product, rounded, is multiplied by fp32(1 / group factor).
+    u = fp32(x · x_factor). With groups that product, rounded, is multiplied by fp32(1 / group factor). What goes beyond
+    fp32 on the way saturates, as what goes beyond the element does. Raises BadInput where u is NaN or Inf.
     """
     scales = scales or activation_scales(x, packed)
-    v = scaled_input(x, packed).float() * inverse_scale(packed, scales)
+    u = scaled_input(x, packed).float()
+    require_finite("x · x_factor", u)
+    v = u * inverse_scale(packed, scales)
     if scales.group is not None:
         v = v * torch.reciprocal(group_factors(packed, scales))
-    return encode(v, packed.activation)
+    return encode(v.clamp(-packed.activation.max, packed.activation.max), packed.activation)
 
 
 def dequantize_activation(
@@ -153,13 +156,18 @@ def integer_scale(packed: PackedFP4) -> float:
     return 1.0 / (packed.activation.integer_scale * packed.element.integer_scale * shifted)
 
 
+def _grouped_weight(packed: PackedFP4) -> torch.Tensor:
+    """element · group_scale [n, k] float64."""
+    w = decode(unpack(packed.codes, packed.k), packed.element, torch.float64)
+    if packed.group_scale is None:
+        return w
+    groups = decode_scale(packed.group_scale, packed.scale, torch.float64)
+    return w * expand_groups(groups, packed.group_size, packed.k)
+
+
 def stored_weight(packed: PackedFP4, dtype=torch.float64) -> torch.Tensor:
     """element · group_scale · row_scale [n, k]: what meets activations that x_factor has multiplied."""
-    w = decode(unpack(packed.codes, packed.k), packed.element, torch.float64)
-    if packed.group_scale is not None:
-        groups = decode_scale(packed.group_scale, packed.scale, torch.float64)
-        w = w * expand_groups(groups, packed.group_size, packed.k)
-    return (w * packed.row_scale[:, None].double()).to(dtype)
+    return (_grouped_weight(packed) * packed.row_scale[:, None].double()).to(dtype)
 
 
 def dequantize(packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
@@ -171,28 +179,41 @@ def dequantize(packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
 def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Y [m, n] float32 (float64 for float64 x, where the product is no integer one) = x [m, k] · weight + bias [n].
 
-    If packed.integer, the product is exact up to one stated rounding order, which every integer kernel repeats bit by
-    bit: (fp32(integer sum) · (x_scale · integer_scale)) · row_scale + bias, each step rounded to fp32. A row of x
-    with NaN or Inf, or with x · x_factor beyond fp32, gives a row of NaN. Otherwise sums are float64, rounded once.
+        (fp32(Σ_k) · (x_scale · unit)) · row_scale + bias, each step rounded to fp32;  Σ · row_scale + bias for W4A16
+
+    is the order of every kernel, so near the end of fp32 all of them give the same Inf. If packed.integer, Σ is a sum
+    of integers and every kernel repeats the whole bit by bit. Otherwise Σ is a float64 sum, where the kernels' fp32
+    sums may also overflow on the way. Sums begin at +0: one of zeros is +0 whatever the signs of its terms.
+
+    Quantized activations: a row of x with NaN or Inf, or that goes beyond fp32 when it is multiplied by x_factor or
+    rounded (E8M0 groups only), gives a row of NaN; what goes beyond an element's range saturates.
     """
     if x.ndim != 2 or x.shape[1] != packed.k:
         raise BadInput(f"x of shape {list(x.shape)} does not match k = {packed.k}")
+    dtype = torch.float64 if x.dtype == torch.float64 and not packed.integer else torch.float32
     if packed.activation is None:
-        return _float_product(scaled_input(x, packed), stored_weight(packed), x.dtype, bias)
-    poisoned = ~scaled_input(x, packed).isfinite().all(dim=1, keepdim=True)
+        sums = _sums(scaled_input(x, packed).double(), _grouped_weight(packed))
+        return _finished(sums.to(dtype), packed, bias)
+    poisoned = ~scaled_input(x, packed).float().isfinite().all(dim=1, keepdim=True)
     x = x.masked_fill(poisoned, 0.0)
     scales = activation_scales(x, packed)
     codes = quantize_activation(x, packed, scales)
-    if not packed.integer:
-        rounded = dequantize_activation(codes, packed, torch.float64, scales)
-        return _float_product(rounded, stored_weight(packed), x.dtype, bias).masked_fill(poisoned, float("nan"))
-    wi = decode(unpack(packed.codes, packed.k), packed.element, torch.float64) * packed.element.integer_scale
-    y = (integer_activation(codes, packed, scales) @ wi.T).float()
-    y = y * (scales.x_scale * integer_scale(packed)) * packed.row_scale
-    return (y if bias is None else y + bias.float()).masked_fill(poisoned, float("nan"))
+    if packed.integer:
+        wi = decode(unpack(packed.codes, packed.k), packed.element, torch.float64) * packed.element.integer_scale
+        sums, worth = _sums(integer_activation(codes, packed, scales), wi), scales.x_scale * integer_scale(packed)
+    else:
+        units = XScales(torch.ones_like(scales.x_scale), scales.group)
+        rounded = dequantize_activation(codes, packed, torch.float64, units)
+        poisoned |= ~rounded.float().isfinite().all(dim=1, keepdim=True)
+        sums, worth = _sums(rounded.masked_fill(poisoned, 0.0), _grouped_weight(packed)), scales.x_scale
+    return _finished(sums.to(dtype) * worth, packed, bias).masked_fill(poisoned, float("nan"))
 
 
-def _float_product(x, weight, dtype, bias) -> torch.Tensor:
-    y = x.double() @ weight.T
-    y = y if bias is None else y + bias.double()
-    return y if dtype == torch.float64 else y.float()
+def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [m, k] times weight [n, k] in float64. torch's matmul with k = 1 is a product, which may be -0: no sum is."""
+    return x @ weight.T + 0.0
+
+
+def _finished(sums: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None) -> torch.Tensor:
+    y = sums * packed.row_scale.to(sums.dtype)
+    return y if bias is None else y + bias.to(sums.dtype)

@@ -28,8 +28,8 @@ def layout_for(problem: Problem) -> str:
     Raises NoKernel if all refuse.
     """
     taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
-    forced = [kernel for kernel in taken if kernel.name == os.environ.get(FORCE)]
-    return (forced or taken or [choose(problem)])[0].layout
+    named = [kernel for kernel in taken if kernel.name == os.environ.get(FORCE)]
+    return (named or taken or [choose(problem)])[0].layout
 
 
 def choose(problem: Problem) -> Kernel:
@@ -37,9 +37,13 @@ def choose(problem: Problem) -> Kernel:
 
     Raises NoKernel if the forced kernel is unknown or refuses, or if all refuse.
     """
-    forced = os.environ.get(FORCE)
-    if forced:
-        return _forced(forced, problem)
+    kernel = forced()
+    if kernel:
+        refusal = kernel.refusal(problem)
+        if refusal:
+            shape = f"m = {problem.m}, n = {problem.n}, k = {problem.k}"
+            raise NoKernel(f"{FORCE}={kernel.name} refuses {shape}: {refusal}")
+        return kernel
     walk = explain(problem)
     refusals = "; ".join(f"{name}: {why}" for name, why in walk if why)
     taken = next((name for name, why in walk if why is None), None)
@@ -51,11 +55,9 @@ def choose(problem: Problem) -> Kernel:
     return next(kernel for kernel in table() if kernel.name == taken)
 
 
-def _forced(name: str, problem: Problem) -> Kernel:
-    known = {kernel.name: kernel for kernel in table()}
-    if name not in known:
+def forced() -> Kernel | None:
+    """The kernel that LLMFP4_KERNEL names, None where it is unset or empty. Raises NoKernel for an unknown name."""
+    name, known = os.environ.get(FORCE), {kernel.name: kernel for kernel in table()}
+    if name and name not in known:
         raise NoKernel(f"{FORCE}={name} names no kernel: known are {', '.join(known)}")
-    refusal = known[name].refusal(problem)
-    if refusal:
-        raise NoKernel(f"{FORCE}={name} refuses m = {problem.m}, n = {problem.n}, k = {problem.k}: {refusal}")
-    return known[name]
+    return known[name] if name else None

@@ -238,6 +238,7 @@ def test_refusals():
         (dict(bits=5), "5 bits"),
         (dict(products=("qq",)), "'qq'"),
         (dict(exclude=("*",)), "all 2 attention layers"),
+        (dict(exclude=("*.self_atn",)), r"exclude '\*.self_atn' matches none"),
         (dict(queries=0), "got 16 and 0"),
     ]:
         with pytest.raises(BadInput, match=message):

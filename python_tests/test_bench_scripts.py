@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from llmfp4_kernels.errors import NoKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-bench, figures, ggml, gemm, plot, quantize, roofline, tables_speed = map(
-    importlib.import_module, ("bench", "figures", "ggml", "gemm", "plot", "quantize", "roofline", "tables_speed")
+bench, figures, ggml, gemm, markdown, plot, quantize, roofline, tables_speed = map(
+    importlib.import_module,
+    ("bench", "figures", "ggml", "gemm", "markdown", "plot", "quantize", "roofline", "tables_speed"),
 )
 
 
@@ -43,6 +45,40 @@ def test_tables_and_pictures_come_from_the_lines(measured):
     assert picture.name == "gemm-64x64-1t.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
+ROW = {"name": "a", "m": 1, "n": 64, "k": 64, "threads": 1, "roofline_seconds": 1.0}
+
+
+@pytest.mark.parametrize(("content", "shapes", "sentence"), [
+    (None, [], "there is no file"),
+    (b"", [], "has no rows of gemm.py --out"),
+    (b"{}\n{", [], "line 2 of .* is no JSON object"),
+    (b"3", [], "line 1 of .* is no JSON object"),
+    (b"\xff", [], "cannot be read"),
+    (json.dumps(ROW).encode(), [], "has no rows of gemm.py --out"),  # of an older version, say
+    (json.dumps(ROW | dict.fromkeys(plot.NEEDED - ROW.keys(), 1)).encode(), ["64x65"], "has no rows of 64x65"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_drawn_is_a_sentence(content, shapes, sentence, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "gemm.jsonl").write_bytes(content)
+    assert plot.main([str(tmp_path / "gemm.jsonl"), *shapes]) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{sentence}", said) and said.count("\n") == 1
+
+
+def test_plot_explains_its_options(capsys):
+    for options, code, sentence in ((["--help"], 0, "JSON lines of gemm.py"), (["a", "64"], 2, "is no shape NxK")):
+        with pytest.raises(SystemExit) as ended:
+            plot.main(options)
+        said = capsys.readouterr()
+        assert ended.value.code == code and sentence in said.out + said.err
+
+
+def test_markdown_tables():
+    assert markdown.table("It is:", ["", "a b", 3], [["x", "–", 1.5], ["y", "", 2]]) == [
+        "It is:", "", "| | a b | 3 |", "|---|---|---|", "| x | – | 1.5 |", "| y | | 2 |",
+    ]  # fmt: skip
+
+
 def row(name: str, times: list[float], m: int = 1) -> dict:
     return {"name": name, "m": m, "times": times, "seconds": sorted(times)[len(times) // 2]}
 
@@ -62,7 +98,7 @@ def test_ours_are_compared_with_the_fastest_of_a_kind():
 
 
 def test_quantizers_are_checked_and_recorded(tmp_path, threads):
-    out = tmp_path / "q.jsonl"
+    out = tmp_path / "new" / "q.jsonl"
     quantize.main(["--shapes", "32x256", "--threads", "1", "--recipes", "mxfp4", "minmax-w4a4", "--tokens", "8",
                    "--rounds", "2", "--out", str(out)])  # fmt: skip
     rows = lines(out)
@@ -112,6 +148,7 @@ def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):
     ("--schemes", "llm-fp4:bf17", "ends in none of :fp32, :bf16, :fp16"),
     ("--schemes", "fp4", "unknown recipe 'fp4'"),
     ("--out", "/proc/none/gemm.jsonl", "cannot be written"),
+    ("--kernels", "nosuch", "'nosuch' names no kernel: known are cpu.amx"),
 ])  # fmt: skip
 def test_a_wrong_option_is_a_sentence(option, wrong, sentence, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -94,6 +94,43 @@ def test_override_gives_some_layers_another_recipe(folder, tmp_path, capsys):
         assert not out.exists()
 
 
+def test_a_quantized_model_is_not_quantized_again(folder, tmp_path, capsys):
+    arguments = ("quantize", folder / "q", "--out", tmp_path / "again", "--recipe", "mxfp4")
+    assert "is quantized already" in refused(capsys, *arguments)
+    arguments = ("eval", folder / "q", "--text", folder / "text.txt", "--against", folder / "q")
+    assert "is quantized already" in refused(capsys, *arguments)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", ["dense", "q"])
+def test_a_model_without_a_tokenizer(kind, folder, tmp_path, capsys):
+    copied = tmp_path / kind
+    shutil.copytree(folder / kind, copied, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    if kind == "dense":
+        commands = [("quantize", copied, "--out", tmp_path / "out", "--recipe", "mxfp4")]
+    else:
+        commands = [("generate", copied, "--prompt", "a"), ("eval", copied, "--text", folder / "text.txt")]
+    for arguments in commands:
+        said = refused(capsys, *arguments)
+        assert said.startswith(f"{copied} has no tokenizer beside its model") and "\n" not in said
+    (copied / "tokenizer.json").write_text("{")
+    for arguments in commands:
+        assert "\n" not in refused(capsys, *arguments)
+
+
+def test_an_unknown_forced_kernel_explains_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("LLMFP4_KERNEL", "foo")
+    said = refused(capsys, "explain", "--m", 1, "--n", 8, "--k", 8)
+    assert said.startswith("LLMFP4_KERNEL=foo names no kernel: known are cpu.amx")
+
+
+def test_globs_that_match_nothing(folder, tmp_path, capsys):
+    for option in ("--include", "--exclude"):
+        arguments = quantize_arguments(folder, tmp_path / "q", option, "*.mpl.*")
+        assert f"{option[2:]} '*.mpl.*' matches none" in refused(capsys, *arguments)
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_recipe_without_calibration_needs_no_text(folder, tmp_path, capsys):
     code, result, _ = run(capsys, "quantize", folder / "dense", "--out", tmp_path / "q", "--recipe", "mxfp4")
     assert code == 0 and result["calibration_tokens"] == 0
@@ -233,8 +270,8 @@ def test_bad_quantize_input_is_refused_and_nothing_written(folder, tmp_path, cap
         (tmp_path / "none", text, out, [], "none"),
         (tmp_path / "broken.gguf", text, out, [], "(3 bytes)"),
         (dense, text, out, ["--recipe", "llm-fp5"], "unknown recipe 'llm-fp5'"),
-        (dense, text, out, ["--tokens", "0"], "'0' is no whole number above 0"),
-        (dense, text, out, ["--include", "nothing*"], "no layer"),
+        (dense, text, out, ["--tokens", "0"], "'0' is no whole number of at least 1"),
+        (dense, text, out, ["--include", "nothing*"], "'nothing*' matches none of"),
         (dense, text, tmp_path / "full", [], "holds 1 entries"),
         (dense, text, tmp_path / "file", [], "file of 4 bytes"),
     ]:
@@ -285,7 +322,7 @@ def test_bad_tensor_files_are_refused(tmp_path, capsys):
 def test_bad_options_are_refused(folder, capsys):
     sizes = ["--m", "1", "--n", "8", "--k", "8"]
     assert "unknown recipe" in refused(capsys, "explain", *sizes, "--recipe", "fp3")
-    assert "'0' is no whole number above 0" in refused(capsys, "explain", "--m", "1", "--n", "0", "--k", "8")
+    assert "'0' is no whole number of at least 1" in refused(capsys, "explain", "--m", "1", "--n", "0", "--k", "8")
     assert "float64" in refused(capsys, "explain", *sizes, "--dtype", "float64")
     assert "e5m2" in refused(capsys, "explain", *sizes, "--element", "e5m2")
     assert "no activation element" in refused(

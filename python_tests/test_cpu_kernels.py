@@ -1,5 +1,6 @@
 """Every CPU kernel against the reference on the dequantized operands: bit equality where sums are integers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -74,6 +75,21 @@ def test_w4a16_multiplies_x_factor_in_fp32(kernel, dtype):
     y = Prepared(packed, None).run(kernel, x)
     expected = Prepared(random_packed(33, 70, E2M1), None).run(kernel, smoothed)
     assert same_bits(y, expected.to(dtype))
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_x_factor_of_powers_of_two_takes_no_more_parts(kernel, dtype):
+    """It leaves the significant bits of activations what they are: nothing is to be split finer than without it."""
+    packed, x = random_packed(33, 70, E2M1, shift=True), random_x(20, 70, dtype)
+    assert not Prepared(packed, None)._linear.smoothed
+    packed.x_factor = torch.ldexp(torch.ones(70), torch.randint(-8, 9, (70,)))
+    prepared, plain = Prepared(packed, None), dataclasses.replace(packed, x_factor=None)
+    assert not prepared._linear.smoothed
+    expected = Prepared(plain, None).run(kernel, x.float() * packed.x_factor).to(dtype)
+    assert same_bits(prepared.run(kernel, x), expected)
+    packed.x_factor = torch.full((70,), 1.5)
+    assert Prepared(packed, None)._linear.smoothed
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)

@@ -130,6 +130,9 @@ def test_contradictions():
         dataclasses.replace(packed, dynamic=Dynamic())
     with pytest.raises(BadInput, match="belong together"):
         Dynamic(16)
+    assert Dynamic(256, INTEGER).integer and Dynamic(512, E4M3)
+    with pytest.raises(BadInput, match="at most 256 activations, got 257"):
+        Dynamic(257, INTEGER)
     with pytest.raises(BadInput, match="at most 127 units, e4m3 has 245760"):
         dataclasses.replace(packed, activation=FP8, x_scale=None, shift=None, dynamic=Dynamic(16, INTEGER))
     with pytest.raises(BadInput, match="static x_scale"):

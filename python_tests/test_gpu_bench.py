@@ -71,7 +71,8 @@ def test_vectors_of_other_gpus_lack_wgmma(capsys):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [("--rounds 1", "of at least 2"), ("--m 0 4", "of at least 1"), ("--rivals cudnn", "invalid choice"),
-     ("--shapes 4096", "is no shape NxK"), ("--schemes fp4@cuda.gemv", "unknown recipe")],
+     ("--shapes 4096", "is no shape NxK"), ("--schemes fp4@cuda.gemv", "unknown recipe"),
+     ("--schemes mxfp4@cuda.gemw", "'cuda.gemw' names no kernel")],
 )  # fmt: skip
 def test_bad_arguments_are_refused(arguments, sentence, capsys):
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from llmfp4_kernels import reference
 from llmfp4_kernels.embedding import FP4Embedding
 from llmfp4_kernels.errors import BadInput, NoKernel
-from llmfp4_kernels.formats import E2M1, E4M3, RECIPES
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, RECIPES
 from llmfp4_kernels.nn import FP4Linear
 from llmfp4_kernels.ops import Multiplier
 from llmfp4_kernels.packed import PackedFP4
@@ -107,6 +107,11 @@ def test_bad_input_is_refused(packed):
             layer(x)
     with pytest.raises(BadInput, match=r"\[39\]"):
         FP4Linear.from_packed(packed, torch.zeros(39))
+    for value in ("nan", "-inf"):
+        bias = torch.zeros(40)
+        bias[7] = float(value)
+        with pytest.raises(BadInput, match=r"bias of shape \[40\] holds 1 values that are NaN or Inf"):
+            FP4Linear.from_packed(packed, bias)
     for sizes in [(0, 4), (4, 0)]:
         with pytest.raises(BadInput, match="at least 1"):
             FP4Linear(*sizes)
@@ -196,13 +201,48 @@ def test_opcheck(packed, shape):
     opcheck(torch.ops.llmfp4.linear_dx.default, (torch.randn(4, 40, requires_grad=True), *tensors, spec))
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_compile_fullgraph(packed, warm):
-    layer, x = FP4Linear.from_packed(packed, torch.randn(40)), torch.randn(6, 72)
-    y = FP4Linear.from_packed(packed, layer.bias)(x)
-    if warm:
-        layer(x)
+def loaded(packed, bias, how: str) -> FP4Linear:
+    """A layer that was never called, with its tensors from a state dict."""
+    state = FP4Linear.from_packed(packed, bias).state_dict()
+    recipe = "nvfp4" if packed.scale else "llm-fp4" if packed.activation else "llm-fp4-a16"
+    layer = FP4Linear(packed.k, packed.shape[0], recipe=recipe, device="cpu" if how == "copied" else "meta")
+    if how == "emptied":
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(state, assign=how == "assigned")
+    return layer
+
+
+@pytest.fixture(params=["packed", "called", "copied", "assigned", "emptied"])
+def traced(request, packed) -> tuple[FP4Linear, torch.Tensor, torch.Tensor]:
+    """(a layer as it is before a trace, x, its result)."""
+    if request.param != "called":
+        packed.element = E3M0  # not what a fresh layer has
+    bias, x = torch.randn(40), torch.randn(6, 72)
+    y = FP4Linear.from_packed(packed, bias)(x)
+    if request.param in ("packed", "called"):
+        layer = FP4Linear.from_packed(packed, bias)
+        if request.param == "called":
+            layer(x)
+    else:
+        layer = loaded(packed, bias, request.param)
     torch._dynamo.reset()
+    return layer.requires_grad_(False), x, y
+
+
+def test_compile_fullgraph(traced):
+    layer, x, y = traced
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
+
+
+def test_export(traced):
+    layer, x, y = traced
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
+
+
+def test_inductor(packed):
+    layer, x = FP4Linear.from_packed(packed, torch.randn(40)), torch.randn(6, 72)
+    torch._dynamo.reset()
+    y = layer(x)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), y)
 
 
@@ -255,6 +295,28 @@ def test_embedding_shares_a_head(warm):
     assert table.to(torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
+def test_a_table_that_shares_a_loaded_head():
+    """It follows the head's element, also where only the head is in the state dict."""
+    packed, ids = random_packed(50, 24, E3M0), torch.randint(0, 50, (2, 7))
+    head = FP4Linear(24, 50, bias=False, recipe="llm-fp4-a16")
+    tree = nn.ModuleDict({"table": FP4Embedding.sharing(head), "head": head})
+    state = FP4Linear.from_packed(packed).state_dict(prefix="head.")
+    tree.load_state_dict(state, strict=False)
+    assert torch.equal(tree["table"](ids), reference.dequantize(packed)[ids])
+
+
+def test_compile_and_export_a_loaded_table():
+    packed, ids = random_packed(50, 24, E3M0), torch.randint(0, 50, (2, 7))
+    packed.x_factor = torch.rand(24) + 0.5
+    expected = reference.dequantize(packed)[ids]
+    table = FP4Embedding(50, 24, recipe="gptq-fp4-a16")
+    table.load_state_dict(FP4Embedding.from_packed(packed).state_dict())
+    torch._dynamo.reset()
+    exported = torch.export.export(table, (ids,)).module()
+    for run in (torch.compile(table, fullgraph=True, backend="aot_eager"), exported):
+        assert torch.equal(run(ids), expected)
+
+
 @pytest.mark.parametrize("recipe", ["llm-fp4-a16", "nvfp4", "mxfp4"])
 def test_embedding_round_trip(recipe):
     from llmfp4_kernels.quantizer.linear import quantize_linear
@@ -266,3 +328,12 @@ def test_embedding_round_trip(recipe):
     other = FP4Embedding(30, 40, recipe=recipe)
     other.load_state_dict(table.state_dict())
     assert torch.equal(other(ids), table(ids))
+
+
+def test_packed_tensors_cannot_require_gradients():
+    layer = FP4Linear.from_packed(random_packed(4, 8, E2M1), torch.zeros(4))
+    with pytest.raises(RuntimeError, match="floating point"):
+        layer.requires_grad_(True)
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(2, 8)).sum().backward()
+    assert layer.bias.grad is not None

@@ -175,8 +175,14 @@ def test_resumes_after_an_interruption(tmp_path, monkeypatch):
     (dict(recipe="fp5"), "unknown recipe 'fp5'"),
     (dict(calibration=None), "needs calibration"),
     (dict(calibration=[]), "needs calibration"),
-    (dict(calibration=[TOKENS[:, :0]]), "without tokens"),
-    (dict(include=("nothing",)), "no layer"),
+    (dict(calibration=[TOKENS[:, :0]]), "batch 0 of 1 holds no tokens"),
+    (dict(calibration=[{"input_ids": TOKENS[:, :0]}]), "batch 0 of 1 holds no tokens"),
+    (dict(calibration=[TOKENS.tolist()]), "calibration holds a list"),
+    (dict(include=("nothing",)), r"include 'nothing' matches none of \d+ layers"),
+    (dict(include=("*", "embed_tokns")), "include 'embed_tokns' matches none"),
+    (dict(exclude=("lm_head", "*.mpl.*")), r"exclude '\*.mpl.\*' matches none"),
+    (dict(exclude=("model.layers.0",)), "exclude 'model.layers.0' matches none"),  # a block, not the layers in it
+    (dict(exclude=("*",)), "no layer"),
     (dict(overrides={"*": "int5"}), "int5"),
 ])  # fmt: skip
 def test_bad_input_leaves_the_model_alone(spoil, message):

@@ -148,13 +148,59 @@ X, W = layer(tokens=8)
         (None, W, {"gram": torch.eye(64), "activation_bits": 16}, "gram_tokens is 0"),
         (None, W, {"gram": torch.eye(63), "gram_tokens": 8, "activation_bits": 16}, r"\[63, 63\], expected"),
         (X, W, {"gram": bad(torch.eye(64), math.inf), "gram_tokens": 8, "activation_bits": 16}, "gram of shape"),
-        (X, W, {"weight_bits": 5}, "5 bits"),
-        (X, W, {"activation_bits": 3}, "3 bits"),
+        (None, W, {"gram": torch.eye(64), "gram_tokens": True, "activation_bits": 16}, "gram_tokens is True"),
+        (None, W, {"gram": -torch.eye(64), "gram_tokens": 8, "activation_bits": 16}, "its diagonal.* down to -1"),
+        (None, W, {"gram": bad(torch.eye(64), 0.5), "gram_tokens": 8, "activation_bits": 16}, "transpose by up to 0.5"),
+        (None, W, {"gram": 2 * torch.eye(64) - 1, "gram_tokens": 8, "activation_bits": 16}, "mean squared error -"),
+        (X, W, {"weight_bits": 5}, "weight_bits is 5: expected one of 4, 6, 8"),
+        (X, W, {"weight_bits": "4"}, "weight_bits is '4'"),
+        (X, W, {"weight_bits": 16}, "weight_bits is 16"),
+        (X, W, {"activation_bits": 3}, "activation_bits is 3"),
+        (X, W, {"activation_bits": [4]}, r"activation_bits is \[4\]"),
+        (X, W, {"rounds": True}, "rounds is True"),
+        (X, W, {"preshift": "no"}, "preshift is 'no'"),
+        (X, W, {"weight_elements": ("e2m1",)}, r"weight_elements is \('e2m1',\)"),
+        (X, W, {"activation_elements": ()}, r"activation_elements is \(\)"),
+        (X.to_sparse(), W, {}, "x of shape .* torch.sparse_coo"),
+        (X, W.to_sparse_csr(), {}, "weight of shape .* torch.sparse_csr"),
+        (X.to("meta"), W, {}, "x of shape .* meta device"),
+        (X, W.to("meta"), {}, "weight of shape .* meta device"),
+        (X, W, {"channel_max": [1.0] * 64}, "channel_max must be a tensor, got a list"),
+        (X * 1e-40, W, {}, "x goes up to .*e-.* within fp32"),
     ],
 )
 def test_refused(x, w, kwargs, says):
     with pytest.raises(BadInput, match=says):
         search_linear(x, w, **kwargs)
+
+
+@pytest.mark.parametrize("factor", [1e-40, 1e-38, 1e-36, 1e-34, 1e-30])
+def test_tiny_inputs_have_the_error_that_is_stated_or_none(factor):
+    x, w = layer(tokens=64, n=8)
+    try:
+        found = search_linear(x * factor, w)
+    except BadInput:
+        assert factor < 1e-34
+        return
+    error = found.activation_dequantized(x * factor).double() @ found.weight_dequantized().double().T
+    error = (error - (x * factor).double() @ w.double().T).square().mean().item()
+    assert factor > 1e-40 and error == pytest.approx(found.mse, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-15, 1e15])
+def test_a_gram_of_tiny_and_huge_inputs(factor):
+    x, w = layer(n=8)
+    gram = x.double().T @ x.double()
+    plain = search_linear(None, w, activation_bits=16, gram=gram, gram_tokens=len(x))
+    scaled = search_linear(None, w, activation_bits=16, gram=gram * factor**2, gram_tokens=len(x))
+    assert scaled.mse == pytest.approx(plain.mse * factor**2, rel=1e-3)
+
+
+def test_a_gram_of_few_tokens_is_one():
+    """Its rank is 3 of 64, and rounding makes tiny squares negative: no error below 0 is stated."""
+    x, w = layer(tokens=3)
+    found = search_linear(None, w, activation_bits=16, gram=(x.T @ x), gram_tokens=3)
+    assert found.mse >= 0
 
 
 def test_gamma_range():

@@ -18,23 +18,26 @@ from ..reference import activation_scales, group_factors, inverse_scale, scaled_
 from . import cpu
 
 
-def _without_activation(packed: PackedFP4) -> PackedFP4:
-    return dataclasses.replace(packed, activation=None, x_scale=None, shift=None, dynamic=None, x_factor=None)
+def _without_scales(packed: PackedFP4) -> PackedFP4:
+    """The weight without row scales and activations: what the rounded activations are multiplied by."""
+    nothing = dict.fromkeys(("activation", "x_scale", "shift", "dynamic", "x_factor"))
+    return dataclasses.replace(packed, row_scale=torch.ones_like(packed.row_scale), **nothing)
 
 
 class Prepared:
     def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
         self.packed, self.bias = packed, None if bias is None else bias.detach().float()
-        self.weight_only = _without_activation(packed)
+        self.weight_only = _without_scales(packed)
         self.weight = cpu.Prepared(self.weight_only, None)
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """fp32 of (sum · row_scale) · x_scale + bias; rows of NaN for tokens with NaN or Inf."""
+        """fp32 of (sum · x_scale) · row_scale + bias; rows of NaN for tokens with NaN or Inf, see reference.gemm."""
         flat = x.reshape(-1, self.packed.k)
         poisoned = ~scaled_input(flat, self.packed).isfinite().all(dim=1, keepdim=True)
         rounded, x_scale = self.round(flat.masked_fill(poisoned, 0.0))
         inner = _inner(Problem.of(self.weight_only, len(flat), torch.float32))
-        y = self.weight.run(inner, rounded) * x_scale
+        poisoned |= ~rounded.isfinite().all(dim=1, keepdim=True)
+        y = self.weight.run(inner, rounded).mul_(x_scale).mul_(self.packed.row_scale)
         y = y if self.bias is None else y + self.bias
         return y.masked_fill_(poisoned, float("nan")).to(x.dtype).view(*x.shape[:-1], -1)
 

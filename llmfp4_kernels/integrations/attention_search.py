@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import BadInput
 from ..formats import searched_elements
 from ..packed import FORMAT
-from ..quantizer.calibrate import observed, on_device
+from ..quantizer.calibrate import check_batches, observed, on_device
 from ..quantizer.products import Part, merge, search_product
 from ..reference import require_finite
 from .attention import ATTRIBUTE, AttentionOperands, fold_heads, require_redirectable, use_attention
@@ -174,22 +174,18 @@ def _search(recorder: _Recorder, products, bits: int, rounds: int) -> tuple[Atte
     return AttentionOperands(**found), row
 
 
-def _check(model: nn.Module, batches, products, sequences: int, queries: int, bits: int) -> None:
+def _check(model: nn.Module, batches, products, sequences: int, queries: int, bits: int, exclude) -> None:
     require_redirectable(model)
     searched_elements(bits)
     if not products or set(products) - set(PRODUCTS):
         raise BadInput(f"products are {list(products)}, expected some of {list(PRODUCTS)}")
     if sequences < 1 or queries < 1:
         raise BadInput(f"sequences and queries must be at least 1, got {sequences} and {queries}")
-    if not batches:
-        raise BadInput("the attention search needs at least one calibration batch, got none")
-    for i, batch in enumerate(batches):
-        if not isinstance(batch, torch.Tensor | Mapping):
-            raise BadInput(f"calibration holds a {type(batch).__name__}, expected tensors or keyword arguments")
-        if any(
-            torch.is_tensor(v) and not v.numel() for v in (batch.values() if isinstance(batch, Mapping) else [batch])
-        ):
-            raise BadInput(f"calibration batch {i} of {len(batches)} holds no tokens")
+    names = [name for name, _ in model.named_modules()]
+    for glob in exclude:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise BadInput(f"exclude {glob!r} matches none of {len(names)} modules")
+    check_batches(batches)
 
 
 def search_attention(
@@ -212,12 +208,12 @@ def search_attention(
     keys; largest magnitudes are those of all tokens. Layers are run in passes whose samples fit `budget_bytes`.
 
     calibration  a batch, or several, as for quantize_model
-    exclude      globs on the names of attention modules which stay in full precision
+    exclude      globs on the names of attention modules which stay in full precision; each must match a module
 
     Raises BadInput for a model whose attention cannot be redirected or is more than softmax(QK^T + mask) V.
     """
     batches = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else list(calibration or ())
-    _check(model, batches, products, sequences, queries, bits)
+    _check(model, batches, products, sequences, queries, bits, exclude)
     _require_same(model, batches[0])
     report = AttentionReport()
     for recorder in _samples(model, batches, sequences, queries, budget_bytes):

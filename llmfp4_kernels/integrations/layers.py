@@ -97,4 +97,6 @@ def fill_tree(model: nn.Module, path: Path, entries: dict[str, dict]) -> nn.Modu
         if pair[0] != pair[1]:
             raise BadFile(f"{path} holds {name} as {pair[0]}, the tree as {pair[1]}")
     model.load_state_dict(tensors, strict=False)
+    for name in entries:
+        model.get_submodule(name).spec()  # of tables that share another layer's tensors too: the file has none for them
     return model

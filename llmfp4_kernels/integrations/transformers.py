@@ -63,9 +63,12 @@ class LLMFP4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name in self.quantization_config.layers:
-            bias = getattr(model.get_submodule(name), "bias", None)
+            layer = model.get_submodule(name)
+            bias = getattr(layer, "bias", None)
             if bias is not None:
                 bias.requires_grad_(False)  # the loader made it trainable; frozen, it is added inside the kernel
+            if isinstance(layer, FP4Module):
+                layer.spec()  # the loader sets parameters past load_state_dict, and a trace could not read them
         share_codes(model, self.quantization_config.layers, self.dtype)
         if self.quantization_config.attention:
             use_attention(model, _operands(self.quantization_config.attention))
@@ -87,6 +90,7 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
     else:
         if not (path / "config.json").is_file():
             raise BadFile(f"{path} is no transformers folder: it has no config.json")
+        require_tokenizer(path)
         where, source = path, {}
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True, **source)
@@ -233,9 +237,19 @@ def load_quantized(path: str | Path, model: nn.Module | None = None):
     return _read(config, path, dtype=config.dtype).eval()
 
 
+def require_tokenizer(path: str | Path) -> None:
+    """Raise BadFile for a folder without a tokenizer's files."""
+    path, names = Path(path), ("tokenizer*", "vocab*", "*.model")
+    if not any(found for name in names for found in path.glob(name)):
+        raise BadFile(f"{path} has no tokenizer beside its model, no file {', '.join(names)}: save one there")
+
+
 def load_tokenizer(path: str | Path):
-    """The tokenizer saved beside a model."""
+    """The tokenizer saved beside a model. Raises BadFile if there is none, or a damaged one."""
+    require_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} holds no tokenizer: {error}") from error
+    except Exception as error:  # a damaged file raises whatever two libraries raise
+        raise BadFile(
+            f"the tokenizer in {path} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error

@@ -191,12 +191,17 @@ def check_calibration(modules: dict[str, nn.Module], names, batches, sample_toke
         raise BadInput(f"the model has no layer {', '.join(unknown)} ({len(unknown)} of {len(names)} names)")
     if sample_tokens < 1:
         raise BadInput(f"sample_tokens is {sample_tokens}: at least 1 is needed")
+    check_batches(batches)
+
+
+def check_batches(batches: Sequence) -> None:
+    """Raise BadInput unless there are batches, each a tensor or a mapping of keyword arguments, with tokens in it."""
     if not batches:
         raise BadInput("calibration needs at least one batch, got none")
     for i, batch in enumerate(batches):
-        tensors = [
-            v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(v, torch.Tensor)
-        ]
+        if not isinstance(batch, torch.Tensor | Mapping):
+            raise BadInput(f"calibration holds a {type(batch).__name__}, expected tensors or keyword arguments")
+        tensors = [v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if torch.is_tensor(v)]
         if not tensors or any(t.numel() == 0 for t in tensors):
             raise BadInput(f"calibration batch {i} of {len(batches)} holds no tokens")
 

@@ -13,7 +13,7 @@ from ..formats import recipe as recipe_named
 from ..packed import PackedFP4
 from .calibrate import LayerInputs
 from .gptq import quantize_feedback, smoothing_factor
-from .scales import quantize_weight, scale_of_largest
+from .scales import quantize_weight, require_values, scale_of_largest
 from .search import search_linear
 
 
@@ -26,8 +26,7 @@ def quantize_linear(weight: torch.Tensor, recipe: str | Recipe, calibration=None
     if not isinstance(calibration, LayerInputs | torch.Tensor | None):
         raise BadInput(f"calibration is a {type(calibration).__name__}, expected a tensor [tokens, k]")
     inputs = LayerInputs(x=calibration) if isinstance(calibration, torch.Tensor) else calibration
-    if weight.is_meta:
-        raise BadInput(f"the weight of shape {list(weight.shape)} is on the meta device and has no values")
+    require_values("weight", weight)
     if recipe.needs_calibration:
         if inputs is None or inputs.x is None:
             raise BadInput(f"recipe {recipe.name!r} needs calibration activations [tokens, k], got none")

@@ -21,10 +21,10 @@ from ..formats import Recipe
 from ..formats import recipe as recipe_named
 from ..nn import FP4Linear, FP4Module
 from ..packed import PackedFP4
-from .calibrate import LayerInputs, collect
+from .calibrate import LayerInputs, check_batches, collect
 from .gradients import collect_with_gradients
 from .linear import quantize_linear, relative_error
-from .plan import Plan, make_plan, weight_of
+from .plan import DEFAULT_EXCLUDE, Plan, make_plan, weight_of
 from .replace import replace_module
 from .threads import in_threads
 from .work_dir import WorkDir
@@ -61,11 +61,8 @@ def _check(model: nn.Module, plan: Plan, calibration) -> None:
     searching = [r.name for name, r in plan.recipes.items() if _is_calibrated(model, name, r)]
     if searching and not calibration:
         raise BadInput(f"recipe {searching[0]!r} needs calibration for {len(searching)} layers, got none")
-    for batch in calibration or ():
-        if not isinstance(batch, torch.Tensor | Mapping):
-            raise BadInput(f"calibration holds a {type(batch).__name__}, expected tensors or keyword arguments")
-        if isinstance(batch, torch.Tensor) and batch.numel() == 0:
-            raise BadInput(f"calibration holds {len(calibration)} batches, one of them without tokens")
+    if calibration:
+        check_batches(calibration)
 
 
 def _settings(model: nn.Module, calibration, sample_tokens: int) -> str:
@@ -123,7 +120,7 @@ def quantize_model(
     calibration=None,
     *,
     include=("*",),
-    exclude=("lm_head",),
+    exclude=DEFAULT_EXCLUDE,
     overrides: dict[str, str] | None = None,
     sample_tokens: int = 2048,
     loss: Callable | None = None,
@@ -134,6 +131,7 @@ def quantize_model(
 
     calibration  a batch, or several, for the model's forward: token ids [b, t], or dicts of keyword arguments
     include, exclude, overrides  globs on module names or their last part; overrides maps a glob to a recipe's name.
+                 Each must match a layer or an embedding, but the defaults "*" and "lm_head", which not every model has.
                  Embeddings are quantized where include names them (not by "*"); one that shares its weight with a
                  quantized head shares its codes
     loss         loss(model, batch) → a scalar tensor: searches then weigh squared errors of the output by the
@@ -141,7 +139,7 @@ def quantize_model(
     work_dir     each finished layer is written there, and a run that finds it with the same settings goes on from it
 
     Nothing is replaced before every layer is done. Raises BadInput before any work for NaN/Inf weights, an unknown
-    recipe, missing or empty calibration, or if no layer is left to quantize.
+    recipe, missing or empty calibration, a glob that matches nothing, or if no layer is left to quantize.
     """
     recipe = recipe_named(recipe)
     if calibration is not None:

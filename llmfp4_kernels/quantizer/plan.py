@@ -14,6 +14,9 @@ from ..formats import recipe as recipe_named
 from ..nn import FP4Linear
 
 EMBEDDING_RECIPE = "llm-fp4-a16"
+DEFAULT_EXCLUDE = ("lm_head",)
+DEFAULTS = ("*", *DEFAULT_EXCLUDE)
+"""Globs that need not match: what a caller gets who names none."""
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -84,7 +87,7 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     """Which layers get which recipe, and a reason for every other module with parameters.
 
     Embeddings are quantized only where an include glob other than "*" names them. Raises BadInput for a weight without
-    elements, an unknown recipe and an override that matches nothing.
+    elements, an unknown recipe and a glob that matches nothing and is none of DEFAULTS.
     """
     if _is_linear(model):
         raise BadInput(f"the model itself is a {type(model).__name__}: use FP4Linear.from_linear")
@@ -92,9 +95,10 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     modules = dict(model.named_modules())
     linears = {name: m for name, m in modules.items() if _is_linear(m)}
     tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
-    for glob in overrides:
-        if not any(_matches(name, [glob]) for name in linears | tables):
-            raise BadInput(f"override {glob!r} matches none of {len(linears) + len(tables)} layers and embeddings")
+    for what, globs in {"include": include, "exclude": exclude, "override": overrides}.items():
+        for glob in globs:
+            if glob not in DEFAULTS and not any(_matches(name, [glob]) for name in linears | tables):
+                raise BadInput(f"{what} {glob!r} matches none of {len(linears) + len(tables)} layers and embeddings")
     for name, module in (linears | tables).items():
         reason = _reason_to_skip(name, module, include, exclude)
         pointer = module.weight.data_ptr()

@@ -20,10 +20,19 @@ def scale_of_largest(largest: torch.Tensor, element: Element) -> torch.Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def require_matrix(name: str, x: torch.Tensor) -> None:
-    """Raise BadInput unless x is a non-empty, finite matrix of a float dtype whose values fit in fp32."""
+def require_values(name: str, x: torch.Tensor) -> None:
+    """Raise BadInput unless x is a dense tensor with values."""
     if not isinstance(x, torch.Tensor):
         raise BadInput(f"{name} must be a tensor, got a {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise BadInput(f"{name} of shape {list(x.shape)} has the layout {x.layout}: a dense tensor is needed")
+    if x.is_meta:
+        raise BadInput(f"{name} of shape {list(x.shape)} is on the meta device and has no values")
+
+
+def require_matrix(name: str, x: torch.Tensor) -> None:
+    """Raise BadInput unless x is a dense, non-empty, finite matrix of a float dtype whose values fit in fp32."""
+    require_values(name, x)
     if x.ndim != 2 or x.numel() == 0:
         raise BadInput(f"{name} must be a matrix with at least one row and column, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:

@@ -11,9 +11,10 @@ from ..errors import BadInput
 from ..formats import FP4_ELEMENTS, Element, searched_elements
 from ..packed import PackedFP4
 from ..reference import decode, encode, quantize
+from .checks import check_formats, check_gram, check_inputs, check_options, check_squares, check_x_scale
 from .descent import GAMMA_RANGE, Descents, gamma_grid
 from .objective import Layer
-from .preshift import SHIFT_RULES, Activation
+from .preshift import Activation
 from .scales import require_matrix
 
 
@@ -79,53 +80,6 @@ def _unit_exponent(largest: torch.Tensor) -> int:
     return max(-120, min(120, int(torch.frexp(largest.double()).exponent)))
 
 
-def _check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range):
-    if not isinstance(rounds, int) or rounds < 1:
-        raise BadInput(f"rounds is {rounds!r}: a whole number is needed, at least 1")
-    numbers = isinstance(gamma_range, tuple | list) and [g for g in gamma_range if isinstance(g, int | float)]
-    if not numbers or len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
-        raise BadInput(f"gamma_range is {gamma_range}: expected two finite numbers, the smaller first")
-    for name, value, known in (
-        ("grid", grid, ("additive", "gamma")),
-        ("shift_rule", shift_rule, SHIFT_RULES),
-        ("objective", objective, ("mse", "fisher")),
-    ):
-        if value not in known:
-            raise BadInput(f"unknown {name} {value!r}: known are {', '.join(known)}")
-    if (objective == "fisher") != (output_gradient is not None):
-        given = "none was given" if output_gradient is None else "one was given"
-        raise BadInput(f"objective 'fisher' takes an output_gradient and 'mse' takes none: {objective!r}, and {given}")
-
-
-def _check_inputs(x, weight, channel_max, output_gradient):
-    require_matrix("x", x)
-    if x.shape[1] != weight.shape[1]:
-        raise BadInput(f"x has {x.shape[1]} channels and weight {list(weight.shape)} takes {weight.shape[1]}")
-    if channel_max is not None:
-        if list(channel_max.shape) != [x.shape[1]] or not channel_max.isfinite().all():
-            raise BadInput(f"channel_max must hold {x.shape[1]} finite numbers, got shape {list(channel_max.shape)}")
-        low = int((channel_max < x.abs().amax(0)).sum())
-        if low:
-            raise BadInput(f"channel_max is below the largest input of x in {low} of {x.shape[1]} channels")
-    if output_gradient is not None:
-        require_matrix("output_gradient", output_gradient)
-        if list(output_gradient.shape) != [x.shape[0], weight.shape[0]]:
-            expected = [x.shape[0], weight.shape[0]]
-            raise BadInput(
-                f"output_gradient has shape {list(output_gradient.shape)}, expected [tokens, n] = {expected}"
-            )
-
-
-def _check_gram(gram, gram_tokens, k, activation_bits, output_gradient):
-    require_matrix("gram", gram)
-    if list(gram.shape) != [k, k]:
-        raise BadInput(f"gram has shape {list(gram.shape)}, expected [k, k] = {[k, k]}")
-    if gram_tokens < 1:
-        raise BadInput(f"gram_tokens is {gram_tokens}: a gram comes with the number of its tokens, at least 1")
-    if activation_bits != 16 or output_gradient is not None:
-        raise BadInput("a gram serves objective 'mse' with activation_bits=16 only: the rest looks at tokens")
-
-
 def search_linear(
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -164,16 +118,20 @@ def search_linear(
     gram        with activation_bits=16: sum of x'x [k, k] (float64) over gram_tokens calibration tokens, which decides
                 in place of x; x may be None
 
-    Raises BadInput for NaN, Inf, empty or mismatched tensors and unknown options.
+    Raises BadInput for NaN, Inf, empty, sparse, meta or mismatched tensors and unknown options; for a gram that cannot
+    be a sum of x'x: asymmetric, or with a negative square, on its diagonal or in the error that is found (its
+    eigenvalues are not looked at); and for inputs so small that fp32 has no 2^shift / x_scale (all below about 1e-35
+    at 4 bits, 1e-24 at 8).
     """
     require_matrix("weight", weight)
-    _check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range)
+    check_formats(weight_bits, activation_bits, weight_elements, activation_elements, preshift)
+    check_options(rounds, grid, shift_rule, objective, output_gradient, gamma_range)
     if x is None and gram is None:
         raise BadInput("x is None: without inputs a search needs a gram")
     if x is not None:
-        _check_inputs(x, weight, channel_max, output_gradient)
+        check_inputs(x, weight, channel_max, output_gradient)
     if gram is not None:
-        _check_gram(gram, gram_tokens, weight.shape[1], activation_bits, output_gradient)
+        check_gram(gram, gram_tokens, weight.shape[1], activation_bits, output_gradient)
     elements = weight_elements or searched_elements(weight_bits), None
     if activation_bits != 16:
         elements = elements[0], activation_elements or searched_elements(activation_bits)
@@ -185,14 +143,17 @@ def search_linear(
     activation = found.activation
     if activation:
         activation = replace(activation, x_scale=torch.ldexp(activation.x_scale, torch.tensor(x_unit)))
+        check_x_scale(activation, math.ldexp(channel_max.amax().item(), x_unit))
+    if gram is not None:
+        check_squares(found, layer)
     return LinearSearch(
         weight=weight,
         weight_element=found.weight.element,
         row_scale=torch.ldexp(found.weight.row_scale, torch.tensor(w_unit)),
         activation=activation,
         preshift=preshift,
-        mse=math.ldexp(found.mse, 2 * (x_unit + w_unit)),
-        objective_value=math.ldexp(found.value, 2 * (x_unit + w_unit + g_unit)),
+        mse=math.ldexp(max(found.mse, 0.0), 2 * (x_unit + w_unit)),
+        objective_value=math.ldexp(max(found.value, 0.0), 2 * (x_unit + w_unit + g_unit)),
     )
 
 
@@ -211,7 +172,7 @@ def _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens) -> tup
         g_unit = _unit_exponent(output_gradient.abs().amax())
         importance = torch.ldexp(output_gradient.float(), torch.tensor(-g_unit)).square()
     if gram is not None:
-        gram = torch.ldexp(gram.double() / gram_tokens, torch.tensor(-2 * x_unit)).float()
+        gram = (gram.double() / gram_tokens * 2.0 ** (-2 * x_unit)).float()  # ldexp's own 2^n would be fp32
     x, weight = torch.ldexp(x, torch.tensor(-x_unit)), torch.ldexp(weight, torch.tensor(-w_unit))
     layer = Layer(x, weight, importance, gram)
     return layer, torch.ldexp(channel_max, torch.tensor(-x_unit)), (x_unit, w_unit, g_unit)
