@@ -82,6 +82,7 @@ MUTANTS = [
     (QUANTIZE, "quantize.h", "inputs past the row", "if (k0 + i < q.k)", "if (true)", "OutOfBounds wrong values"),
     (QUANTIZE, "quantize.h", "lanes of a group do not meet", "lanes < q.group_size / chunk_k", "lanes < 1", WRONG),
     (QUANTIZE, "quantize.h", "a shuffle in part of a warp", "quantize_best(q, v);", "if (k0 < q.padded_k) quantize_best(q, v);", "DivergentWarp"),
+    (QUANTIZE, "quantize.h", "threads beyond k keep what they had", "                if (k0 >= q.padded_k)\n#pragma unroll\n                    for (int i = 0; i < chunk_k; ++i) v[i] = 0;\n", "", WRONG),
     (QUANTIZE, "store.h", "planes of two tokens meet", "token * q.planes + 1", "token + 1", "Race wrong values"),
     (QUANTIZE, "quantize.h", "integers past the row", "if (k0 < q.padded_k) {\n            if (special)", "{\n            if (special)", "OutOfBounds Race"),
     (QUANTIZE, "quantize.h", "shifts of other inputs", "(8 * (i % 4)) & 0xffu", "(8 * (3 - i % 4)) & 0xffu", WRONG),

@@ -47,10 +47,9 @@ def test_without_a_gpu_it_says_so(script):
 
 def test_vectors_are_written_even_where_the_gpu_disagrees(monkeypatch, tmp_path):
     """A GPU that makes ones of everything: every form is wrong, and what it made is kept to be looked at."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "none")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    gpu = dict(is_available=True, get_device_capability=(9, 0), get_device_name="none", device_count=0)
+    for question, answer in gpu.items():
+        monkeypatch.setattr(torch.cuda, question, lambda answer=answer: answer)
     monkeypatch.setattr(golden, "nvcc", lambda: "nvcc")
     monkeypatch.setattr(golden, "library", lambda number, source: source.name)
     monkeypatch.setattr(golden.ctypes, "CDLL", lambda name: name)
