@@ -17,12 +17,12 @@ import gpu_report
 import torch
 from bench import TURNS, Contender, compare
 from gemm import takes
-from graphs import GraphTurns
 from machine import ROOT
 from operands import Weight
 from ours import fp4_on_gpu
 from result_file import lines_of, recorder
 
+from llmfp4_kernels.backends.graphs import GraphTurns
 from llmfp4_kernels.errors import BadInput, NoKernel
 
 SHAPES = [(4096, 4096), (11008, 4096), (13824, 5120), (28672, 8192)]
