@@ -10,6 +10,7 @@ from .errors import NoKernel
 from .problem import Kernel, Problem
 
 FORCE = "LLMFP4_KERNEL"
+"""Names a row, or a family: all rows up to the dot."""
 
 
 def table() -> tuple[Kernel, ...]:
@@ -18,8 +19,13 @@ def table() -> tuple[Kernel, ...]:
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
-    """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names another."""
+    """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names others."""
     return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
+
+
+def allowed(name: str) -> bool:
+    """Whether LLMFP4_KERNEL names this row or its family, or nothing."""
+    return os.environ.get(FORCE) in (None, "", name, name.split(".")[0])
 
 
 def layout_for(problem: Problem) -> str:
@@ -28,14 +34,14 @@ def layout_for(problem: Problem) -> str:
     Raises NoKernel if all refuse.
     """
     taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
-    forced = [kernel for kernel in taken if kernel.name == os.environ.get(FORCE)]
+    forced = [kernel for kernel in taken if allowed(kernel.name)]
     return (forced or taken or [choose(problem)])[0].layout
 
 
 def choose(problem: Problem) -> Kernel:
-    """The first kernel that takes the problem, or the one that LLMFP4_KERNEL forces.
+    """The first kernel that takes the problem, of those that LLMFP4_KERNEL allows.
 
-    Raises NoKernel if the forced kernel is unknown or refuses, or if all refuse.
+    Raises NoKernel if it allows none that is known, or if all of them refuse.
     """
     forced = os.environ.get(FORCE)
     if forced:
@@ -52,10 +58,12 @@ def choose(problem: Problem) -> Kernel:
 
 
 def _forced(name: str, problem: Problem) -> Kernel:
-    known = {kernel.name: kernel for kernel in table()}
-    if name not in known:
-        raise NoKernel(f"{FORCE}={name} names no kernel: known are {', '.join(known)}")
-    refusal = known[name].refusal(problem)
-    if refusal:
-        raise NoKernel(f"{FORCE}={name} refuses m = {problem.m}, n = {problem.n}, k = {problem.k}: {refusal}")
-    return known[name]
+    rows = [kernel for kernel in table() if allowed(kernel.name)]
+    if not rows:
+        raise NoKernel(f"{FORCE}={name} names no kernel: known are {', '.join(kernel.name for kernel in table())}")
+    refusals = {kernel.name: kernel.refusal(problem) for kernel in rows}
+    taken = next((kernel for kernel in rows if refusals[kernel.name] is None), None)
+    if taken is None:
+        why = "; ".join(f"{row}: {why}" for row, why in refusals.items()) if len(rows) > 1 else refusals[rows[0].name]
+        raise NoKernel(f"{FORCE}={name} refuses m = {problem.m}, n = {problem.n}, k = {problem.k}: {why}")
+    return taken
