@@ -39,20 +39,27 @@ def test_without_a_gpu_it_says_so(script):
         script.main([])
 
 
-@pytest.mark.parametrize("arguments, benchmarks", [([], 1), (["--no-benchmarks"], 0)])
-def test_gpu_check_runs_everything_in_its_time(arguments, benchmarks, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments, passed, limit", [([], 100, "350"), ([], 200, "250"), (["--no-benchmarks"], 100, "")]
+)
+def test_gpu_check_runs_everything_in_its_time(arguments, passed, limit, monkeypatch):
+    """8 minutes, less those that have passed, less 30 s; Triton's tiles are tuned where 5 minutes are left."""
     ran = []
     for name in ("install_wheels", "build", "sanitize"):
         monkeypatch.setattr(gpu_check, name, lambda environment, name=name: ran.append(name))
     monkeypatch.setattr(gpu_check, "run", lambda *command, env: ran.append([str(part) for part in command[1:]]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "STARTED", gpu_check.time.perf_counter() - 100)
+    monkeypatch.setattr(gpu_check, "STARTED", gpu_check.time.perf_counter() - passed)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
     gpu_check.main()
-    expected = [["benchmarks/gpu.py", "--limit", "350"]] * benchmarks  # 8 minutes, less 100 s that have passed, less 30
+    tune = ["-m", "llmfp4_kernels", "tune", "--shape", "4096x4096", "--recipe"]
+    ends = ["--seconds", "10", "--m", "1", "16", "64"]
+    tuned = [[*tune, recipe, *ends] for recipe in ("llm-fp4", "llm-fp4-a16")] if limit == "350" else []
+    expected = [*tuned, ["benchmarks/gpu.py", "--limit", limit]] if limit else []
     tests = ["-m", "pytest", "-q", "-x", "python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"]
     assert ran == ["install_wheels", "build", tests, "sanitize", ["benchmarks/golden.py"], *expected]
-    assert all((gpu_check.ROOT / command[0]).is_file() for command in ran[-1 - benchmarks :])
+    assert all((gpu_check.ROOT / command[0]).is_file() for command in ran[-1 - len(expected) :] if command[0] != "-m")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,29 @@ def test_the_table_and_the_pictures(tmp_path):
     assert written[1].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadFile, match="has no rows"):
         gpu_report.write([], tmp_path / "gpu.jsonl")
+
+
+def test_tritons_rows_are_set_against_ours_and_its_rivals():
+    common = dict(n=96, k=256, floor=0.5, spread=0.0)
+    seconds = {"llm-fp4 bf16": 1.0, "llm-fp4 bf16 [triton]": 2.0, gpu_report.BASE: 4.0, "gemlite int4 g64": 3.0}
+    rows = [common | dict(name=name, m=1, seconds=value) for name, value in seconds.items()]
+    rows.append(common | dict(name="llm-fp4 bf16 [triton]", m=16, seconds=1.0))
+    assert gpu_report.triton_table(rows)[2:] == [
+        "| Triton's | than | m = 1 | m = 16 |",
+        "|---|---|---|---|",
+        "| llm-fp4 bf16 [triton] | our CUDA kernel | 0.50× | – |",
+        "| llm-fp4 bf16 [triton] | cuBLAS bf16 | 2.00× | – |",
+        "| llm-fp4 bf16 [triton] | gemlite int4 g64 | 1.50× | – |",
+    ]
+    assert gpu_report.triton_table(rows[:1]) == []
+
+
+@pytest.mark.parametrize("kernel, runs", [("triton.gemv", True), ("cuda.sm80", True), ("reference", False)])
+def test_a_forced_family_may_run(kernel, runs, monkeypatch):
+    contender = on_cpu(operands.Weight(96, 256), "llm-fp4")
+    contender.kernel, contender.device, failures = lambda m: kernel.replace("cuda.", "cpu."), "cpu", []
+    contender.name += " [triton]"
+    assert gpu.can_run(contender, random_x(1, 256), True, failures) == runs and bool(failures) != runs
 
 
 @pytest.mark.parametrize("kind, worst", [(torch.int8, 1 / 127), (torch.float8_e4m3fn, 32 / 448)], ids=str)
