@@ -1,5 +1,6 @@
 # make demo   set up, build, quantize and run a real language model, print the table (build/demo/report.json, report.png)
 # make test   set up, build, run all tests
+# make test-triton TRITON=3.9.0   the tests of the Triton kernels with another Triton than requirements.txt's
 # make lint   ruff and clang-format
 # make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
@@ -12,13 +13,21 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h \
 	python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
 
-.PHONY: demo test lint format build clean bench accuracy ablations zero-shot gpu-check
+.PHONY: demo test test-triton lint format build clean bench accuracy ablations zero-shot gpu-check
 demo: build
 	$(PY) benchmarks/demo.py
 
 # Idle OpenMP threads sleep: spinning ones make small products thousands of times slower beside a busy process.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
+
+TRITON ?= 3.9.0
+test-triton: build build/triton-$(TRITON)
+	OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath build/triton-$(TRITON)) $(PY) -m pytest $(wildcard python_tests/test_triton_*.py) $(ARGS)
+
+build/triton-%: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part triton==$*
+	mv $@.part $@
 
 # What takes part in every shape; the first one is measured with all rivals and recipes.
 FEW := --rivals torch-bf16 onednn-int8 torch-int4 onnxruntime-a8 llama.cpp-mxfp4-cpu_repack \

@@ -52,9 +52,9 @@ def scheme(text: str) -> str:
 
 
 def kernel(text: str) -> str:
-    """A row of the registry."""
+    """A row of the registry, or a family of rows."""
     names = [row.name for row in registry.table()]
-    if text not in names:
+    if text not in names and text not in {name.split(".")[0] for name in names}:
         raise argparse.ArgumentTypeError(f"{text!r} names no kernel: known are {', '.join(names)}")
     return text
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import machine
 import torch
-from graphs import GraphTurns
+
+from llmfp4_kernels.backends.graphs import GraphTurns
 
 MOST_COPIES = 128
 WARM_UP = 1.0

@@ -17,12 +17,12 @@ import gpu_report
 import torch
 from bench import TURNS, Contender, compare
 from gemm import takes
-from graphs import GraphTurns
 from machine import ROOT
 from operands import Weight
 from ours import fp4_on_gpu
 from result_file import lines_of, recorder
 
+from llmfp4_kernels.backends.graphs import GraphTurns
 from llmfp4_kernels.errors import NoKernel
 
 SHAPES = [(4096, 4096), (11008, 4096), (13824, 5120), (28672, 8192)]
@@ -33,6 +33,7 @@ SCHEMES = (
     "llm-fp4", "llm-fp4@cuda.gemv-weight-shift", "llm-fp4@cuda.sm80-weight-shift", "llm-fp4@cuda.sm80-packed",
     "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16", "llm-fp4-a16:fp16", "mxfp4", "nvfp4",
     "minmax-w4a8@cuda.sm90", "llm-fp4@cuda.sm80", "llm-fp4-a16@cuda.sm80", "nvfp4@cuda.sm80",
+    "llm-fp4@triton", "llm-fp4-a16@triton", "llm-fp4-a16:fp16@triton", "nvfp4@triton",
 )  # fmt: skip
 """Where Hopper's wgmma is the default, mma.sync stands beside it; products of E4M3 are wgmma's alone."""
 CHECKED_TOKENS = 32
@@ -96,7 +97,8 @@ def can_run(contender: Contender, x: torch.Tensor, ours: bool, failures: list[st
         return False
     kernel, operand = contender.kernel(len(x)), x.to(contender.device, contender.x_dtype)
     try:
-        if ours and not kernel.startswith(f"{contender.device}."):
+        families = (contender.device, "triton") if "[triton" in contender.name else (contender.device,)
+        if ours and kernel.split(".")[0] not in families:
             raise NoKernel(f"the registry chose {kernel}")
         with torch.inference_mode():
             contender.check(operand, contender.calls[0](operand))
@@ -154,7 +156,9 @@ def main(argv=None) -> int:
     rivals = list(adapters.on_gpu())
     parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--m", type=arguments.count, nargs="+", default=TOKENS)
-    parser.add_argument("--schemes", type=scheme, nargs="*", default=SCHEMES, metavar="RECIPE[:fp16][@KERNEL]")
+    parser.add_argument(
+        "--schemes", type=scheme, nargs="*", default=SCHEMES, metavar="RECIPE[:fp16][@KERNEL or @FAMILY]"
+    )
     parser.add_argument("--rivals", nargs="*", default=rivals, choices=rivals, metavar="RIVAL", help=", ".join(rivals))
     parser.add_argument("--rounds", type=arguments.rounds, default=3)
     parser.add_argument("--budget", type=arguments.seconds, default=0.01, help="seconds of one contender in one round")

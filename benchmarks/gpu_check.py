@@ -1,5 +1,5 @@
 """`make gpu-check`: build for the GPU that is here, run the GPU tests, a memory checker, single instructions for
-python_tests/vectors, and the benchmarks, offline.
+python_tests/vectors, tune Triton's tiles for a shape, and run the benchmarks, offline.
 
 Runs from a copy of the tracked files, with the Python that has torch. cmake, ninja, pybind11 and pytest may be missing
 there: carry their wheels in .whl/ (or in the folder that WHEELS names). Nothing is downloaded. Without a build nothing
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
 MINUTES = 8
 """That all of it may take."""
+TUNING, TUNED_TOKENS = 60, ("1", "16", "64")
+"""Seconds for Triton's tiles, where five times as many are left."""
 STARTED = time.perf_counter()
 TESTS, CHECKER, VECTORS = 120, 90, 60
 """Seconds that one file of tests, the memory checker and the instruction forms may take."""
@@ -95,6 +97,18 @@ def sanitize(environment: dict) -> None:
     run(tool, "--error-exitcode", "1", sys.executable, *tests, limit=left_of(CHECKER), env=environment)
 
 
+def tune(environment: dict) -> None:
+    """Triton's tiles for the benchmarks' first shape, kept in a folder of this check; left out where time is short."""
+    left, there = MINUTES * 60 - LAST - elapsed(), importlib.util.find_spec("triton") is not None
+    if left < 5 * TUNING or not there:
+        return say(f"left out: tuning Triton's tiles; {left:.0f} s are left, Triton is {'' if there else 'not '}there")
+    environment["LLMFP4_CACHE"] = str(SITE / "tiles")
+    share = str(TUNING // (2 * len(TUNED_TOKENS)))
+    for recipe in ("llm-fp4", "llm-fp4-a16"):
+        shape = ["--shape", "4096x4096", "--recipe", recipe, "--seconds", share, "--m", *TUNED_TOKENS]
+        run(sys.executable, "-m", "llmfp4_kernels", "tune", *shape, limit=TUNING, env=environment)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-benchmarks", action="store_true", help="stop after the tests")
@@ -122,6 +136,7 @@ def main() -> None:
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
+        tune(environment)
         left = max(MINUTES * 60 - LAST - elapsed(), BENCHMARKS)
         run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), limit=left + 2 * LAST, env=environment)
     if arguments.copy_to:

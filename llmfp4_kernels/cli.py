@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, generate, inspect, info, explain. A command is a function from options to a dict.
+"""The command line: quantize, eval, generate, inspect, info, explain, tune. A command makes a dict of its options.
 
 With --json the dict goes to stdout as it is; otherwise a second function prints it. An error the package raises on
 purpose is one line on stderr, {"error": ...} on stdout with --json, and exit code 2.
@@ -7,11 +7,12 @@ purpose is one line on stderr, {"error": ...} on stdout with --json, and exit co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from . import commands, formats
+from . import commands, formats, tuning
 from .errors import BadInput, LLMFP4Error
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,9 +71,10 @@ def _element(option: str | None, choices, of: str):
 def explain(args) -> dict:
     import torch
 
+    from .backends import triton
     from .problem import Problem
+    from .registry import allowed, forced
     from .registry import explain as walk
-    from .registry import forced
 
     recipe = formats.recipe(args.recipe)
     element = _element(args.element, recipe.weight_elements, "weight element")
@@ -81,13 +83,15 @@ def explain(args) -> dict:
         recipe, args.m, args.n, args.k, element, activation, getattr(torch, args.dtype), args.device
     )
     steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
-    name = kernel.name if (kernel := forced()) else None
-    willing = [step["kernel"] for step in steps if step["refusal"] is None and name in (None, step["kernel"])]
+    name = forced()
+    willing = [step["kernel"] for step in steps if step["refusal"] is None and allowed(step["kernel"])]
+    runs = willing[0] if willing else None
+    tile = triton.tile(runs, problem) if runs and runs.startswith("triton.") else None
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
-        "forced": name, "runs": willing[0] if willing else None,
+        "forced": name, "runs": runs, "tile": tile and dataclasses.asdict(tile),
     }  # fmt: skip
 
 
@@ -100,6 +104,9 @@ def show_explain(result: dict) -> str:
     for step in result["walk"]:
         verdict = step["refusal"] or ("runs" if step["kernel"] == result["runs"] else "would run too")
         lines.append(f"  {step['kernel']:16} {verdict}")
+    if result["tile"]:
+        sizes = ", ".join(f"{name} {value}" for name, value in result["tile"]["config"].items())
+        lines.append(f"tile {result['tile']['source']} ({sizes})")
     if result["forced"]:
         lines.append(f"LLMFP4_KERNEL forces {result['forced']}")
     return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])
@@ -155,6 +162,13 @@ def parser() -> Parser:
     c.add_argument("--activation", help="activation element, where the recipe searches it (default e2m1)")
     c.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of x and y")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    c = command("tune", tuning.tune, tuning.show_tune, "measure tiles of the Triton kernels on the GPU that is here")
+    c.add_argument("model", type=Path, nargs="?", help="folder that quantize wrote: for all its linear layers")
+    c.add_argument("--shape", action="append", metavar="NxK", help="outputs by inputs, instead of a model or beside it")
+    c.add_argument("--recipe", default="llm-fp4", help="of --shape")
+    c.add_argument("--m", type=count, nargs="+", help=f"tokens (default {' '.join(map(str, tuning.TOKENS))})")
+    c.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of x and y (default bfloat16)")
+    c.add_argument("--seconds", type=count, default=20, help="for each layer and m, at most (default 20)")
     return top
 
 

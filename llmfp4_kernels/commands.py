@@ -130,6 +130,13 @@ def _quantized(path: Path):
     return transformers.load_quantized(path), transformers.load_tokenizer(path)
 
 
+def linear_layers(path: Path) -> list:
+    """The FP4Linears of a folder that `quantize` wrote."""
+    from .nn import FP4Linear
+
+    return [m for m in _integration().load_quantized(path).modules() if isinstance(m, FP4Linear)]
+
+
 def evaluate(args) -> dict:
     from .evaluate import load_ids, perplexity
 

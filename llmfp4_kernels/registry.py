@@ -10,6 +10,7 @@ from .errors import NoKernel
 from .problem import Kernel, Problem
 
 FORCE = "LLMFP4_KERNEL"
+"""Names a row, or a family: all rows up to the dot."""
 
 
 def table() -> tuple[Kernel, ...]:
@@ -18,8 +19,13 @@ def table() -> tuple[Kernel, ...]:
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
-    """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names another."""
+    """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names others."""
     return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
+
+
+def allowed(name: str) -> bool:
+    """Whether LLMFP4_KERNEL names this row or its family, or nothing."""
+    return os.environ.get(FORCE) in (None, "", name, name.split(".")[0])
 
 
 def layout_for(problem: Problem) -> str:
@@ -28,22 +34,17 @@ def layout_for(problem: Problem) -> str:
     Raises NoKernel if all refuse.
     """
     taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
-    named = [kernel for kernel in taken if kernel.name == os.environ.get(FORCE)]
+    named = [kernel for kernel in taken if allowed(kernel.name)]
     return (named or taken or [choose(problem)])[0].layout
 
 
 def choose(problem: Problem) -> Kernel:
-    """The first kernel that takes the problem, or the one that LLMFP4_KERNEL forces.
+    """The first kernel that takes the problem, of those that LLMFP4_KERNEL allows.
 
-    Raises NoKernel if the forced kernel is unknown or refuses, or if all refuse.
+    Raises NoKernel if it allows none that is known, or if all of them refuse.
     """
-    kernel = forced()
-    if kernel:
-        refusal = kernel.refusal(problem)
-        if refusal:
-            shape = f"m = {problem.m}, n = {problem.n}, k = {problem.k}"
-            raise NoKernel(f"{FORCE}={kernel.name} refuses {shape}: {refusal}")
-        return kernel
+    if name := forced():
+        return _choose_of(name, problem)
     walk = explain(problem)
     refusals = "; ".join(f"{name}: {why}" for name, why in walk if why)
     taken = next((name for name, why in walk if why is None), None)
@@ -55,9 +56,19 @@ def choose(problem: Problem) -> Kernel:
     return next(kernel for kernel in table() if kernel.name == taken)
 
 
-def forced() -> Kernel | None:
-    """The kernel that LLMFP4_KERNEL names, None where it is unset or empty. Raises NoKernel for an unknown name."""
-    name, known = os.environ.get(FORCE), {kernel.name: kernel for kernel in table()}
-    if name and name not in known:
-        raise NoKernel(f"{FORCE}={name} names no kernel: known are {', '.join(known)}")
-    return known[name] if name else None
+def forced() -> str | None:
+    """What LLMFP4_KERNEL names, None where it is unset or empty. Raises NoKernel where no row is of that name."""
+    name = os.environ.get(FORCE)
+    if name and not any(allowed(kernel.name) for kernel in table()):
+        raise NoKernel(f"{FORCE}={name} names no kernel: known are {', '.join(kernel.name for kernel in table())}")
+    return name or None
+
+
+def _choose_of(name: str, problem: Problem) -> Kernel:
+    rows = [kernel for kernel in table() if allowed(kernel.name)]
+    refusals = {kernel.name: kernel.refusal(problem) for kernel in rows}
+    taken = next((kernel for kernel in rows if refusals[kernel.name] is None), None)
+    if taken is None:
+        why = "; ".join(f"{row}: {why}" for row, why in refusals.items()) if len(rows) > 1 else refusals[rows[0].name]
+        raise NoKernel(f"{FORCE}={name} refuses m = {problem.m}, n = {problem.n}, k = {problem.k}: {why}")
+    return taken

@@ -22,6 +22,7 @@ FLOORS = [
     {"integrations"},
     {"evaluate", "evaluate_embeddings", "environment"},
     {"commands"},
+    {"tuning"},
     {"cli"},
     {"__main__", "__init__"},
 ]

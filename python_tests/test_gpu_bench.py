@@ -12,7 +12,7 @@ import torch
 from cases import random_x
 
 from llmfp4_kernels import native, reference, registry
-from llmfp4_kernels.backends import cuda, cuda_options
+from llmfp4_kernels.backends import cuda, cuda_options, triton
 from llmfp4_kernels.errors import BadFile, NoKernel
 from llmfp4_kernels.formats import RECIPES
 from llmfp4_kernels.problem import Problem
@@ -201,7 +201,8 @@ def test_shapes_share_the_time(monkeypatch, tmp_path):
 
 def test_on_hopper_every_scheme_has_a_kernel(monkeypatch):
     """The forced ones beside the default, wgmma's E4M3 among them."""
-    monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "_unusable", lambda problem: None)
     monkeypatch.setattr(cuda.machine, "capability", lambda index: (9, 0))
     monkeypatch.setattr(native, "module", lambda: SimpleNamespace(cuda_architectures=["90-real", "90a-real"]))
     chosen = set()
@@ -214,7 +215,7 @@ def test_on_hopper_every_scheme_has_a_kernel(monkeypatch):
         monkeypatch.setenv(registry.FORCE, forced)
         chosen.add((recipe, registry.choose(problem).name))
     assert {("llm-fp4", "cuda.sm90"), ("llm-fp4", "cuda.sm80"), ("minmax-w4a8", "cuda.sm90")} <= chosen
-    assert {name for _, name in chosen} <= {k.name for k in cuda.KERNELS + cuda_options.KERNELS}
+    assert {name for _, name in chosen} <= {k.name for k in cuda.KERNELS + cuda_options.KERNELS + triton.KERNELS}
 
 
 def synthetic_rows():
@@ -237,6 +238,29 @@ def test_the_table_and_the_pictures(tmp_path):
     assert written[1].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadFile, match="has no rows"):
         gpu_report.write([], tmp_path / "gpu.jsonl")
+
+
+def test_tritons_rows_are_set_against_ours_and_its_rivals():
+    common = dict(n=96, k=256, floor=0.5, spread=0.0)
+    seconds = {"llm-fp4 bf16": 1.0, "llm-fp4 bf16 [triton]": 2.0, gpu_report.BASE: 4.0, "gemlite int4 g64": 3.0}
+    rows = [common | dict(name=name, m=1, seconds=value) for name, value in seconds.items()]
+    rows.append(common | dict(name="llm-fp4 bf16 [triton]", m=16, seconds=1.0))
+    assert gpu_report.triton_table(rows)[2:] == [
+        "| Triton's | than | m = 1 | m = 16 |",
+        "|---|---|---|---|",
+        "| llm-fp4 bf16 [triton] | our CUDA kernel | 0.50× | – |",
+        "| llm-fp4 bf16 [triton] | cuBLAS bf16 | 2.00× | – |",
+        "| llm-fp4 bf16 [triton] | gemlite int4 g64 | 1.50× | – |",
+    ]
+    assert gpu_report.triton_table(rows[:1]) == []
+
+
+@pytest.mark.parametrize("kernel, runs", [("triton.gemv", True), ("cuda.sm80", True), ("reference", False)])
+def test_a_forced_family_may_run(kernel, runs, monkeypatch):
+    contender = on_cpu(operands.Weight(96, 256), "llm-fp4")
+    contender.kernel, contender.device, failures = lambda m: kernel.replace("cuda.", "cpu."), "cpu", []
+    contender.name += " [triton]"
+    assert gpu.can_run(contender, random_x(1, 256), True, failures) == runs and bool(failures) != runs
 
 
 @pytest.mark.parametrize("kind, worst", [(torch.int8, 1 / 127), (torch.float8_e4m3fn, 32 / 448)], ids=str)

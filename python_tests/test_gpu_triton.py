@@ -1,5 +1,7 @@
 """The Triton kernels on the GPU that is here: `make gpu-check`. Skipped without one."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import GROUP_SCALES, random_packed, random_x, same_bits
@@ -88,8 +90,29 @@ def test_activations_that_are_no_integers(activation, dynamic):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize("problem", [Problem(1, 1024, 4096, E2M1, E2M1), Problem(40, 1000, 2056, E2M1)], ids=str)
+def test_tiles_are_tuned_and_used(problem, monkeypatch, tmp_path):
+    """Whatever is left out does not fit this GPU: nothing is wrong."""
+    from llmfp4_kernels.backends.graphs import Stopwatch
+    from llmfp4_kernels.backends.triton import tune, tuned
+
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    problem, device = dataclasses.replace(problem, device="cuda", dtype=torch.bfloat16), torch.device("cuda")
+    row, left_out = tune.tune(problem, Stopwatch(device), device, 15)
+    assert all("OutOfResources" in why for _, why in left_out), left_out
+    assert 1 < row.timed <= row.candidates and 0 < row.seconds <= row.guess_seconds
+    tuned.put(row, device)
+    assert tuned.choose(row.form, problem.m, device).config == row.config
+    packed, x = (
+        random_packed(problem.n, problem.k, E2M1, problem.activation),
+        random_x(problem.m, problem.k, torch.bfloat16),
+    )
+    for _, y in runs(packed, x):
+        torch.testing.assert_close(y.float(), reference.gemm(x, packed), rtol=2**-7, atol=0.5)
+
+
 def test_a_layer_on_triton_alone(monkeypatch):
-    monkeypatch.setenv(registry.FORCE, "triton.gemm")
+    monkeypatch.setenv(registry.FORCE, "triton")
     packed, x = dynamic_packed(512, 4096, E2M1, E2M1, Dynamic(16, INTEGER)), random_x(4, 4096, torch.bfloat16)
     layer = FP4Linear.from_packed(packed.to("cuda"))
     assert same_bits(layer(x.cuda()).cpu(), reference.gemm(x, packed).to(x.dtype))

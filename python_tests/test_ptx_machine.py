@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mutants import RIGHT, WRONG, assert_caught
-from ptx import In, Out, compile_cuda, missing
+from ptx import FAULTS, In, Out, compile_cuda, missing
 from ptx_mutants import MUTANTS, combined
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -57,3 +57,25 @@ def test_planted_bug_is_caught_by_name(program, i):
     found, text = assert_caught(outcome, expected, name)
     if found == "Race":
         assert text.count("PTX line") == 2, text
+
+
+SAME_PLACE = """
+extern "C" __global__ void same_place(int* y, int lanes_differ, int warps_share) {
+    __shared__ int word[2];
+    int warp = threadIdx.x / 32, place = warps_share ? 0 : warp;
+    word[place] = lanes_differ ? threadIdx.x : warps_share ? 7 : warp;
+    __syncthreads();
+    y[threadIdx.x] = word[place];
+}
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lanes_of_a_warp_may_store_one_value_to_one_place(seed):
+    """Neither two values, nor two warps."""
+    program, y = compile_cuda(SAME_PLACE), torch.empty(64, dtype=torch.int32)
+    program.run("same_place", 1, 64, [Out(y), 0, 0], seed=seed)
+    assert torch.equal(y, torch.arange(64, dtype=torch.int32) // 32)
+    for differ, share, sentence in ((1, 0, "same warp, no __syncwarp between.*of another value"), (0, 1, "thread")):
+        with pytest.raises(FAULTS["Race"], match=sentence):
+            program.run("same_place", 1, 64, [Out(y), differ, share], seed=seed)

@@ -1,5 +1,6 @@
 """The Triton rows of the registry where nothing is launched: layout, refusals, Triton imported only when needed."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from cases import random_packed
 from llmfp4_kernels import environment, layout
 from llmfp4_kernels.backends import cuda, triton
 from llmfp4_kernels.backends.triton import configs, machine
+from llmfp4_kernels.backends.triton.form import Form
 from llmfp4_kernels.errors import BadInput, NoKernel
 from llmfp4_kernels.formats import E2M1, E3M0, E4M3, INTEGER, RECIPES, Dynamic, element
 from llmfp4_kernels.packed import codes_shape, unpack
@@ -146,21 +148,55 @@ def test_info_names_tritons_version():
     assert "triton" in versions and (versions["triton"] is None) == (machine.problem_with_triton() is not None)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-def test_every_number_of_tokens_has_a_tile(dtype):
-    operands = torch.empty(1, dtype=dtype)
+@pytest.mark.parametrize("activation", [None, E2M1], ids=str)
+def test_every_number_of_tokens_has_a_tile(activation):
     for m in (1, 16, 17, 64, 65, 10**6):
+        form = Form.of("gemm", Problem(m, 4096, 4096, E2M1, activation))
         for arch, version in (((8, 0), (3, 6)), ((9, 0), (3, 6)), ((9, 0), (3, 9)), ((12, 0), (3, 6))):
-            config = configs.choose("gemm", operands, m, arch, version)
-            assert config.rows >= 16 * config.warps, "warps would multiply the same rows"
-            unfenced = arch >= (9, 0) and version < configs.FENCED
-            assert not (unfenced and config.warps % 4 == 0), "Triton would choose wgmma, and forget its fence"
+            config = configs.choose(form, m, arch, version, 132)
+            assert configs.refusal(config, form, arch, version) is None, (m, arch, version)
     with pytest.raises(StopIteration):
-        configs.choose("gemv", operands, 17, (8, 0), (3, 6))
+        configs.choose(Form.of("gemv", Problem(17, 64, 64, E2M1)), 17, (8, 0), (3, 6), 132)
 
 
 def test_splits_fill_a_gpu_and_keep_their_steps():
-    config = configs.choose("gemv", torch.empty(1, dtype=torch.int8), 1, (8, 0), (3, 6))
-    assert configs.splits(config, 1, 2048, 4096, 132) > 1
-    assert configs.splits(config, 1, 1 << 20, 4096, 132) == 1
-    assert configs.splits(config, 1, 64, 64, 132) == 1
+    for n, k, shared in ((4096, 4096, True), (2 << 20, 4096, False), (128, 64, False)):
+        config = configs.choose(Form.of("gemv", Problem(1, n, k, E2M1, E2M1)), 1, (8, 0), (3, 6), 132)
+        assert (config.splits > 1) == shared
+        assert config.splits == 1 or configs.steps(config, k) >= 4 * config.splits
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "sentence"),
+    [
+        (dict(rows=48), (3, 9), "rows = 48 is none of 32, 64"),
+        (dict(tokens=4), (3, 9), "tokens = 4 is none of"),
+        (dict(block_k=32), (3, 9), "block_k = 32 is none of"),
+        (dict(warps=3), (3, 9), "warps = 3 is none of"),
+        (dict(stages=0), (3, 9), "stages = 0 are not 1 to 8"),
+        (dict(rows=32), (3, 9), "4 warps would multiply some of 32 rows twice"),
+        (dict(splits=0), (3, 9), "splits = 0 of k = 200 are not 1 to 2, its steps"),
+        (dict(splits=3), (3, 9), "splits = 3 of k = 200"),
+        (dict(), (3, 6), "4 warps use wgmma, before which Triton 3.6 forgets a fence"),
+    ],
+    ids=str,
+)
+def test_tiles_that_do_not_run_are_refused(changes, version, sentence):
+    form = Form.of("gemm", Problem(40, 64, 200, E2M1))
+    tile = configs.Config(rows=64, tokens=32, block_k=128, warps=4, stages=3, splits=2)
+    assert configs.refusal(tile, form, (9, 0), (3, 9)) is configs.refusal(tile, form, (8, 0), (3, 6)) is None
+    assert sentence in configs.refusal(dataclasses.replace(tile, **changes), form, (9, 0), version)
+
+
+def test_a_family_may_be_forced(gpu, monkeypatch):
+    monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
+    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0))
+    monkeypatch.setenv(FORCE, "triton")
+    many = dataclasses.replace(PROBLEM, m=17)
+    assert choose(PROBLEM).name == "triton.gemv" and choose(many).name == "triton.gemm"
+    assert layout_for(PROBLEM) == "pairs"
+    with pytest.raises(NoKernel, match="LLMFP4_KERNEL=triton refuses .*triton.gemv: runs on a GPU.*triton.gemm: runs"):
+        choose(dataclasses.replace(PROBLEM, device="cpu"))
+    monkeypatch.setenv(FORCE, "trit")
+    with pytest.raises(NoKernel, match="LLMFP4_KERNEL=trit names no kernel: known are "):
+        choose(PROBLEM)

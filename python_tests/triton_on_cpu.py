@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from types import SimpleNamespace
 import torch
 from ptx import In, Out, Program, build
 
-from llmfp4_kernels.backends.triton import configs, machine
+from llmfp4_kernels.backends.triton import configs, machine, tuned
 from llmfp4_kernels.problem import Kernel
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE.parent / "triton"))
+os.environ[tuned.FOLDER] = str(build.CACHE.parent / "no-measured-tiles")
 WHY_NOT = machine.problem_with_triton() or build.cannot_run()
 READ_ONLY = {
     "product": ("codes", "x", "row_scale", "bias", "x_scale", "scales"),
@@ -47,7 +49,7 @@ class CpuMachine:
     def __init__(self, capability=(8, 0), multiprocessors: int = 2, ptx: bool = True):
         self.arch, self.count, self.ptx = capability, multiprocessors, ptx
 
-    def capability(self, index):
+    def capability(self, index=None):
         return self.arch
 
     def multiprocessors(self, device):
@@ -123,7 +125,7 @@ class Launch:
 
 
 class OnCpu:
-    """While it is entered, Triton launches run on the PTX machine, in tiles of `config` (None: those of configs.py);
+    """While it is entered, Triton launches run on the PTX machine, in tiles of `config` (None: those of tuned.choose);
     seed as Program.run's. `static`: launches are kept, and none runs."""
 
     current: OnCpu | None = None
@@ -141,10 +143,10 @@ class OnCpu:
         from triton import knobs
         from triton.runtime import driver
 
-        self.before = machine.here, driver._active, configs.choose
+        self.before = machine.here, driver._active, tuned.choose
         machine.here = self.machine
         if self.config:
-            configs.choose = lambda *_: self.config
+            tuned.choose = self._fixed
         driver.set_active(self.driver)
         knobs.runtime.kernel_load_start_hook.add(self.driver.loads)
         OnCpu.current = self
@@ -154,11 +156,15 @@ class OnCpu:
         from triton import knobs
         from triton.runtime import driver
 
-        machine.here, driver._active, configs.choose = self.before
+        machine.here, driver._active, tuned.choose = self.before
         knobs.runtime.kernel_load_start_hook.remove(self.driver.loads)
         OnCpu.current = None
         if kind is None:
             self.flush()
+
+    def _fixed(self, form, m, device):
+        splits = configs.splits(self.config, form, m, self.machine.count)
+        return tuned.Choice(dataclasses.replace(self.config, splits=splits), "given")
 
     def launch(self, function, grid, metadata, types, arguments) -> None:
         ptx, cubin = function

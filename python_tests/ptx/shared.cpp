@@ -57,7 +57,36 @@ static void check_after_reads(Thread& T, u32 at, Access access) {
                  who(w * 32 + r[w].lane, r[w].site).c_str());
 }
 
-void check_shared(Thread& T, u32 address, u32 bytes, Access access, u32 align) {
+// Where lanes of a warp write one place by one instruction, hardware performs one of the writes: of one value that is
+// no race, and Triton 3.9 reduces so. The value is known after the instruction, and compared at the next access.
+static struct {
+    u32 at, bytes, clock, site;
+    u16 thread, other;
+    u8 before[32];
+} repeated;
+
+static bool repeats(const Thread& T, const SharedMark& w) {
+    return w.clock >= B.first_clock && w.site == T.site && !w.atomic && w.thread != 0xFFFF && w.thread != T.index &&
+           int(w.thread >> 5) == T.warp && w.clock == B.clock[T.warp];
+}
+
+static void settle_repeated() {
+    auto r = repeated;
+    repeated.bytes = 0;
+    if (!r.bytes || r.at + r.bytes > B.shared_bytes) return;
+    const SharedMark& w = B.written[r.at];  // of this block and launch?
+    if (w.clock != r.clock || w.clock < B.first_clock || w.thread != r.thread || w.site != r.site) return;
+    if (!memcmp(B.shared + r.at, r.before, r.bytes)) return;
+    Thread& writer = B.thread[r.thread];
+    writer.site = r.site;
+    fail(writer, "Race",
+         "shared write at 0x%x is not ordered after the write by %s (same warp, no __syncwarp between), and of another "
+         "value",
+         r.at + SHARED_BASE, who(r.other, r.site).c_str());
+}
+
+static void check(Thread& T, u32 address, u32 bytes, Access access, u32 align, bool plain_store) {
+    settle_repeated();
     if (address < SHARED_BASE || address - SHARED_BASE + u64(bytes) > B.shared_bytes)
         fail(T, "OutOfBounds", "shared %s of %u bytes at 0x%x; the block's %u bytes lie at 0x%x to 0x%x", verb(access),
              bytes, address, B.shared_bytes, SHARED_BASE, SHARED_BASE + B.shared_bytes);
@@ -68,7 +97,13 @@ void check_shared(Thread& T, u32 address, u32 bytes, Access access, u32 align) {
     u32 now = B.clock[T.warp];
     for (u32 at = address - SHARED_BASE, end = at + bytes; at < end; at++) {
         if (B.state[at] || B.wgmma_reads[at >> 4]) check_state(T, at, access);
-        check_after_write(T, at, access);
+        if (plain_store && repeats(T, B.written[at])) {
+            u32 begin = address - SHARED_BASE;
+            repeated = {begin, bytes, now, T.site, u16(T.index), B.written[at].thread, {}};
+            memcpy(repeated.before, B.shared + begin, bytes);
+        } else {
+            check_after_write(T, at, access);
+        }
         if (access == ATOMIC_READ) continue;
         if (access == READ) {
             B.read[size_t(at) * B.warps + T.warp] = {now, T.site, u16(T.lane)};
@@ -79,6 +114,10 @@ void check_shared(Thread& T, u32 address, u32 bytes, Access access, u32 align) {
     }
 }
 
+void check_shared(Thread& T, u32 address, u32 bytes, Access access, u32 align) {
+    check(T, address, bytes, access, align, false);
+}
+
 void mark_written(u32 address, u32 bytes, u32 clock, u16 thread, u32 site) {
     for (u32 at = address - SHARED_BASE; at < address - SHARED_BASE + bytes; at++) {
         B.state[at] &= u8(~COPY_IN_FLIGHT);
@@ -87,7 +126,7 @@ void mark_written(u32 address, u32 bytes, u32 clock, u16 thread, u32 site) {
 }
 
 u8* shared(Thread& T, u32 address, u32 bytes, Access access) {
-    check_shared(T, address, bytes, access, bytes);
+    check(T, address, bytes, access, bytes, access == WRITE);
     return B.shared + (address - SHARED_BASE);
 }
 

@@ -14,7 +14,8 @@ from ...packed import PackedFP4
 from ...problem import Kernel, Prepared, Problem
 from ..cpu import largest_k
 from ..gpu import unusable
-from . import configs, machine
+from . import configs, machine, tuned
+from .form import Form
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_ROWS, GRID_LIMIT = 32, 65535
@@ -73,6 +74,12 @@ def refusal(name: str, problem: Problem) -> str | None:
     if problem.m > 1 << 30:
         return f"m = {problem.m} is more than 2^30"
     return None
+
+
+def tile(name: str, problem: Problem) -> tuned.Choice:
+    """The tile in which the row `name` runs a problem that it takes, on the current GPU, and where it is from."""
+    form, device = Form.of(name.removeprefix("triton."), problem), torch.device(machine.here.device_type)
+    return tuned.choose(form, problem.m, device)
 
 
 KERNELS = tuple(

@@ -1,19 +1,20 @@
-"""Tile sizes by kernel, operand and number of tokens. None was measured: this project has not met a GPU yet.
-
-Nothing is tuned at run time: the first call of a shape costs its compilation, which Triton keeps on disk.
-"""
+"""Tile sizes by kernel, operand and number of tokens, where no measured ones are known (tuned.py). They are guesses."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-import torch
+from ...packed import padded_inputs
+from .form import Form
 
 GEMV_TOKENS = 16
 FENCED = (3, 9)
 """Triton from this version on puts fence.proxy.async between cp.async and the tensor cores that read shared memory by
 themselves (sm_90 and later). 3.6.0 does not, and they may read before the copy is visible."""
+ROWS, TOKENS, BLOCKS_K, WARPS, STAGES = (32, 64, 128, 256), (8, 16, 32, 64, 128, 256), (64, 128, 256), (1, 2, 4, 8), 8
+"""What a tile may have; stages up to this. From 64 inputs on, a step has whole lines of codes and of int8 operands."""
+SPLIT_LIMIT = 65535
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Config:
     block_k: int
     warps: int
     stages: int
+    splits: int = 0
+    """Blocks that share a sum over k; 0 in tables, where a product's size decides."""
 
 
 TABLE = {
@@ -44,19 +47,44 @@ TABLE = {
 }
 
 
-def choose(
-    kernel: str, operands: torch.Tensor, m: int, capability: tuple[int, int], version: tuple[int, int]
-) -> Config:
-    """The first row of the table that holds m tokens; where Triton forgets the fence, one of 2 warps, with which it
-    keeps to mma.sync (wgmma takes four warps)."""
-    config = next(config for limit, config in TABLE[kernel, 8 * operands.element_size()] if m <= limit)
-    if capability >= (9, 0) and version < FENCED:
-        return dataclasses.replace(config, rows=32, tokens=min(config.tokens, 64), warps=2)
-    return config
+def unfenced(capability: tuple[int, int], version: tuple[int, int]) -> bool:
+    """Whether Triton forgets the fence before wgmma: it takes wgmma for four warps, and mma.sync for two."""
+    return capability >= (9, 0) and version < FENCED
 
 
-def splits(config: Config, m: int, half: int, padded_k: int, multiprocessors: int) -> int:
+def choose(form: Form, m: int, capability: tuple[int, int], version: tuple[int, int], multiprocessors: int) -> Config:
+    """The first row of the table that holds m tokens, with its splits; where Triton forgets the fence, of 2 warps."""
+    config = next(config for limit, config in TABLE[form.kernel, form.bits] if m <= limit)
+    if unfenced(capability, version):
+        config = dataclasses.replace(config, rows=32, tokens=min(config.tokens, 64), warps=2)
+    return dataclasses.replace(config, splits=splits(config, form, m, multiprocessors))
+
+
+def steps(config: Config, k: int) -> int:
+    """Of block_k inputs, in a whole sum."""
+    return -(-padded_inputs(k) // config.block_k)
+
+
+def splits(config: Config, form: Form, m: int, multiprocessors: int) -> int:
     """Blocks that share a sum over k: enough to give each multiprocessor two, as long as each keeps four steps."""
+    half = -(-form.n // 2)
     blocks = -(-m // config.tokens) * -(-half // config.rows)
-    steps = -(-padded_k // config.block_k)
-    return max(1, min(steps // 4, 2 * multiprocessors // blocks))
+    return max(1, min(steps(config, form.k) // 4, 2 * multiprocessors // blocks))
+
+
+def refusal(config: Config, form: Form, capability: tuple[int, int], version: tuple[int, int]) -> str | None:
+    """None, or why the kernel does not run in such tiles, or not right."""
+    for name, allowed in (("rows", ROWS), ("tokens", TOKENS), ("block_k", BLOCKS_K), ("warps", WARPS)):
+        value = getattr(config, name)
+        if value not in allowed:
+            return f"{name} = {value} is none of {', '.join(map(str, allowed))}"
+    if not 1 <= config.stages <= STAGES:
+        return f"stages = {config.stages} are not 1 to {STAGES}"
+    if config.rows < 16 * config.warps:
+        return f"{config.warps} warps would multiply some of {config.rows} rows twice, each needs 16 of its own"
+    if unfenced(capability, version) and config.warps % 4 == 0:
+        return f"{config.warps} warps use wgmma, before which Triton {version[0]}.{version[1]} forgets a fence"
+    most = min(steps(config, form.k), SPLIT_LIMIT)
+    if not 1 <= config.splits <= most:
+        return f"splits = {config.splits} of k = {form.k} are not 1 to {most}, its steps"
+    return None

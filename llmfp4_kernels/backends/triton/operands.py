@@ -5,6 +5,12 @@
     floats     bf16 [m, padded k]         = element(..) · group · 2^-shift of any activation: exact in 8 bits
     parts      bf16 [parts, m, padded k]    that sum up to x · factor: exactly with three parts, to 2^-17 with two
 
+E4M3 activations are multiplied as bf16, not by FP8 tensor cores: the element reaches 480, the code of which is NaN to
+those. Of codes up to 448, too, `tl.dot` of float8e4nv would be another sum: for sm_90 Triton 3.6.0 and 3.9.0 emit wgmma
+that adds all of k in the tensor core, with about 14 bits as others have measured (not measured here); for sm_89 and
+sm_120 mma.sync on e4m3, for sm_100 tcgen05, for sm_90 with two warps mma.sync on fp16; for sm_80 they refuse. bf16 has
+every element: its products with weights are exact, its sums fp32's.
+
 A program per token, or per block of a token's inputs. A token with NaN or Inf becomes zeros of worth NaN.
 """
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from ...encode import E4M3_MAX
 from ...errors import BadInput, NoKernel
-from ...formats import int8_planes
 from ...layout import to_layout
 from ...packed import PackedFP4, padded_inputs
-from ...problem import Kernel
+from ...problem import Kernel, Problem
 from ...reference import integer_scale
 from ..cuda import relative_scales
-from . import configs, machine
+from . import machine, tuned
+from .configs import Config
 from .decode import Lookup, lookup
+from .form import Form, Operands
 from .operands import quantize, split
 from .product import add_splits, product
 
 QUANTIZE_BLOCK, SPLIT_BLOCK, ADD_BLOCK = 1024, 1024, 256
 EXACT = {"enable_fp_fusion": False}
 """The reference rounds products before it adds them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operands:
-    """What activations become."""
-
-    dtype: torch.dtype
-    planes: int = 1
-    """int8 numbers an activation; their sums are kept apart."""
-    parts: int = 1
-    """bf16 numbers an activation, that sum up to it."""
 
 
 class Prepared:
@@ -58,6 +46,7 @@ class Prepared:
         self.factor = self._factor()
         self.static_scale = 1.0 if packed.x_scale is None else packed.x_scale.item()
         self.lookups: dict[torch.dtype, Lookup] = {}
+        self.configs: dict[tuple[str, torch.dtype, int], Config] = {}
 
     def _factor(self) -> torch.Tensor | None:
         """fp32 [k] by which activations are multiplied first; of unquantized ones with 2^-shift in it."""
@@ -66,16 +55,6 @@ class Prepared:
             return packed.x_factor if packed.x_factor is None else packed.x_factor.contiguous()
         ones = torch.ones(self.k, device=self.device) if packed.x_factor is None else packed.x_factor
         return torch.ldexp(ones, -packed.shift.int())
-
-    def operands(self, dtype: torch.dtype) -> Operands:
-        packed = self.packed
-        if packed.integer:
-            return Operands(torch.int8, planes=int8_planes(packed.activation, packed.dynamic, packed.shift is not None))
-        if packed.activation:
-            return Operands(torch.bfloat16)
-        if dtype == torch.float32:
-            return Operands(torch.bfloat16, parts=3)
-        return Operands(torch.bfloat16, parts=2) if self.factor is not None else Operands(dtype)
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] → y [..., n] of x's dtype, on torch's current stream; nothing waits for the GPU."""
@@ -86,13 +65,22 @@ class Prepared:
         if m == 0:
             return y
         with machine.here.on(self.device):
-            operands, x_scale = self._activations(x, m)
-            self._multiply(kernel.name.removeprefix("triton."), operands, x_scale, m, y)
+            config = self._config(kernel.name.removeprefix("triton."), x.dtype, m)
+            self.multiply(config, *self.activations(x), y)
         return y
 
-    def _activations(self, x: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(operands [planes or parts, m, a multiple of 16], worth of one unit [m] of quantized ones)."""
-        kind = self.operands(x.dtype)
+    def _config(self, name: str, dtype: torch.dtype, m: int) -> Config:
+        """The tile of m tokens, with its splits."""
+        key = name, dtype, m
+        if key not in self.configs:
+            form = Form.of(name, Problem.of(self.packed, m, dtype))
+            self.configs[key] = tuned.choose(form, m, self.device).config
+        return self.configs[key]
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [..., k], contiguous → (operands [planes or parts, m, a multiple of 16], worth of one unit [m] of quantized
+        ones)."""
+        kind, m = Operands.of(Problem.of(self.packed, 1, x.dtype)), x.numel() // self.k
         if not self.packed.activation and kind.parts == 1 and self.k % 16 == 0 and x.data_ptr() % 16 == 0:
             return x.view(1, m, self.k), None
         shape = (kind.planes * kind.parts, m, self.padded_k)
@@ -127,11 +115,11 @@ class Prepared:
             self.lookups[dtype] = lookup(self.packed.element, dtype, machine.here.ptx)
         return self.lookups[dtype]
 
-    def _multiply(self, name: str, operands: torch.Tensor, x_scale: torch.Tensor | None, m: int, y: torch.Tensor):
-        config = configs.choose(name, operands, m, machine.here.capability(self.device.index), machine.version())
+    def multiply(self, config: Config, operands: torch.Tensor, x_scale: torch.Tensor | None, y: torch.Tensor) -> None:
+        """What `activations` made of x → y [..., n], in tiles of `config`."""
+        m, splits = operands.shape[1], config.splits
         planes = len(operands) if operands.dtype == torch.int8 else 1
         parts, table = len(operands) // planes, self._lookup(operands.dtype)
-        splits = configs.splits(config, m, self.half, self.padded_k, machine.here.multiprocessors(self.device))
         total = torch.int32 if operands.dtype == torch.int8 else torch.float32
         partial = None
         if splits > 1:

@@ -47,3 +47,20 @@ class GraphTurns:
         """Per call: as many replays as one replay's time says fit into `budget`, at least one."""
         times = max(1, math.ceil(budget / self._replayed(1)))
         return self._replayed(times) / times / self.count
+
+
+class Stopwatch:
+    """What times calls on a GPU; tests put another one in its place."""
+
+    turns = staticmethod(GraphTurns)
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def wait(self) -> None:
+        """Raises what has gone wrong on the GPU."""
+        torch.cuda.synchronize(self.device)
+
+    def copies(self, size: int, most: int = 64) -> int:
+        """Of `size` bytes, that exceed twice the L2 cache."""
+        return min(most, -(-2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size))
