@@ -80,8 +80,11 @@ def build(environment: dict) -> None:
     lacking += [module for module in ("pybind11", "pytest", "numpy") if importlib.util.find_spec(module) is None]
     if lacking:
         sys.exit(f"gpu-check needs {', '.join(lacking)}: carry the wheels in .whl/")
-    if not run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=environment):
-        sys.exit(f"gpu-check failed: {failures[0]}")
+    # A module without CUDA kernels would let every test be skipped.
+    loads = "import sys; from llmfp4_kernels import native; sys.exit(native.problem_with_cuda())"
+    for command in (("setup.py", "-q", "build_ext", "--inplace"), ("-c", loads)):
+        if not run(sys.executable, *command, env=environment):
+            sys.exit(f"gpu-check failed: {failures[0]}")
 
 
 def sanitize(environment: dict) -> None:
@@ -130,7 +133,7 @@ def main() -> None:
     # Without this setting torch refuses deterministic products of cuBLAS, which the fallback to the reference takes.
     tested = environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for tests in ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"):
-        run(sys.executable, "-m", "pytest", "-q", tests, limit=left_of(TESTS), env=tested)
+        run(sys.executable, "-m", "pytest", "-q", "-rs", tests, limit=left_of(TESTS), env=tested)
     run(sys.executable, "benchmarks/golden.py", limit=left_of(VECTORS), env=environment)
     sanitize(tested)
     if arguments.no_benchmarks:

@@ -62,6 +62,20 @@ def exact_and_bound(packed, x, bias=None):
     return exact, after_rounding(exact, bound, x.dtype)
 
 
+def test_the_largest_floats_are_no_infinity(programs):
+    """bf16 ends at 3.39e38, fp32 at 3.4028e38."""
+    packed = random_packed(24, 64, E2M1, seed=3)
+    packed.codes, packed.row_scale = packed.codes & 0x11, torch.full((24,), 1.0)  # 0 and 0.5
+    x, least = torch.zeros(3, 64), torch.finfo(torch.float32).max
+    for token, value in enumerate((least, -least, 3.3961776e38)):
+        x[token, 7 * token + 1] = value
+    expected = (x.double() @ reference.stored_weight(packed).T).float()
+    assert expected.isfinite().all() and (expected.abs() > 1e38).any(1).all()
+    with OnCpu(programs) as gpu:
+        for name in NAMES:
+            assert torch.equal(gpu.run(cuda.Prepared(packed, None), name, x), expected), name
+
+
 def check(gpu, packed, x, bias=None):
     prepared, (exact, bound) = cuda.Prepared(packed, bias), exact_and_bound(packed, x, bias)
     ran = []

@@ -48,7 +48,7 @@ def test_gpu_check_runs_everything_in_its_time(passed, tests, left, stages, monk
     tune = [60, "-m", "llmfp4_kernels", "tune", "--shape", "4096x4096", "--recipe"]
     ends = ["--seconds", "10", "--m", "1", "16", "64"]
     expected = [
-        *([tests, "-m", "pytest", "-q", f"python_tests/{name}.py"] for name in ("test_gpu", "test_gpu_triton")),
+        *([tests, "-m", "pytest", "-q", "-rs", f"python_tests/{name}.py"] for name in ("test_gpu", "test_gpu_triton")),
         [min(tests, 60), "benchmarks/golden.py"], "sanitize",
         *([*tune, recipe, *ends] for recipe in ("llm-fp4", "llm-fp4-a16") if left >= 300),
         [left + 60, "benchmarks/gpu.py", "--limit", str(left)],
@@ -79,6 +79,22 @@ def test_gpu_check_goes_on_after_a_failure_and_tells_all(stages, monkeypatch, tm
 def test_gpu_check_without_benchmarks(stages, monkeypatch):
     gpu_check_after(0, ["--no-benchmarks"], monkeypatch)
     assert stages.ran[-1] == "sanitize"
+
+
+def test_gpu_check_ends_where_the_module_has_no_cuda_kernels(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check, "failures", [])
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda tool, path: tool)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(SystemExit, match=r"native.problem_with_cuda\(\)\) \(exit status 1"):
+        gpu_check.build({"PATH": ""})
+    assert commands[0][5:] == ["setup.py", "-q", "build_ext", "--inplace"]
 
 
 def test_gpu_check_names_all_that_is_lacking(monkeypatch):

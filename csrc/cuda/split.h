@@ -38,7 +38,9 @@ __device__ inline void split_token(const Split& q) {
                                          : widen(static_cast<const uint16_t*>(q.x)[at], q.dtype);
         if (q.factor) rest = mul(rest, q.factor[i]);
         for (int plane = 0; plane < q.planes; ++plane) {
-            const uint16_t part = plane == 3 ? 0 : nearest_bf16(rest);
+            uint16_t part = plane == 3 ? 0 : nearest_bf16(rest);
+            // Beyond bf16's largest number the nearest is Inf: the one before it, and a rest, are exact.
+            if (is_finite(rest) && !is_finite(widen(part, Dtype::bf16))) --part;
             part_of(plane) = part;
             rest = is_finite(widen(part, Dtype::bf16)) ? sub(rest, widen(part, Dtype::bf16)) : 0.0f;
         }
