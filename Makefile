@@ -26,7 +26,8 @@ test-triton: build build/triton-$(TRITON)
 	OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath build/triton-$(TRITON)) $(PY) -m pytest $(wildcard python_tests/test_triton_*.py) $(ARGS)
 
 build/triton-%: $(VENV)/installed
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part triton==$*
+	rm -rf $@ $@.part
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
 # What takes part in every shape; the first one is measured with all rivals and recipes.

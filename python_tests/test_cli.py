@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmfp4_kernels import cli, formats
+from llmfp4_kernels import cli, commands, formats
 from llmfp4_kernels.quantizer import pipeline
 
 transformers = pytest.importorskip("transformers")
@@ -191,6 +191,11 @@ def test_inspect_a_model_and_a_tensor(folder, tmp_path, capsys):
     (row,) = result["layers"]
     assert code == 0 and (row["n"], row["k"], row["scale"], row["group_size"]) == (8, 64, "e4m3", 16)
     assert row["bits_per_weight"] == packed.bits_per_weight
+
+
+def test_a_folders_linear_layers_are_what_tune_measures(folder):
+    shapes = [(layer.out_features, layer.in_features) for layer in commands.linear_layers(folder / "q")]
+    assert len(shapes) == LINEARS and set(shapes) == {(32, 32), (16, 32), (48, 32), (32, 48)}
 
 
 def test_info_names_every_kernel(capsys):

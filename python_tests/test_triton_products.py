@@ -111,9 +111,14 @@ def test_floats(arch):
 def test_group_scales():
     half, bf16 = torch.float16, torch.bfloat16
     with OnCpu() as gpu:
-        for scale, size, dtype in ((E4M3, 16, half), (E4M3, 16, bf16), (E8M0, 32, half), (E4M3, 128, bf16)):
+        for element, scale, size, dtype in (
+            (E2M1, E4M3, 16, half),
+            (E1M2, E4M3, 16, bf16),
+            (E3M0, E8M0, 32, half),
+            (E1M2, E4M3, 128, bf16),
+        ):
             for m, n, k in ((3, 17, 80), (20, 65, 208)):
-                packed = random_packed(n, k, E2M1, scale=scale, group_size=size)
+                packed = random_packed(n, k, element, scale=scale, group_size=size)
                 check(gpu, packed, random_x(m, k, dtype) / 256, torch.randn(n))
 
 
