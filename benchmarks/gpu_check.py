@@ -73,8 +73,8 @@ def build(environment: dict) -> None:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    hopper = ";90a-real" if (major, minor) == (9, 0) else ""
-    environment["LLMFP4_CUDA_ARCHITECTURES"] = f"{major}{minor}-real{hopper}"
+    own = f";{major}{minor}a-real" if (major, minor) in ((9, 0), (12, 0)) else ""
+    environment["LLMFP4_CUDA_ARCHITECTURES"] = f"{major}{minor}-real{own}"
     lacking = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=environment["PATH"]) is None]
     sys.path.insert(0, str(SITE))
     lacking += [module for module in ("pybind11", "pytest", "numpy") if importlib.util.find_spec(module) is None]

@@ -13,7 +13,8 @@
 namespace py = pybind11;
 using namespace llmfp4;
 
-void bind_cuda(py::module_& m);  // only where CMake found a CUDA compiler
+void bind_cuda(py::module_& m);   // only where CMake found a CUDA compiler
+void bind_sm120(py::module_& m);  // and where 120a is among its architectures
 
 namespace {
 
@@ -181,6 +182,9 @@ PYBIND11_MODULE(_C, m) {
     });
 #ifdef LLMFP4_CUDA
     bind_cuda(m);
+#if LLMFP4_SM120
+    bind_sm120(m);
+#endif
     m.attr("cuda_compiler") = LLMFP4_CUDA;
     m.attr("cuda_architectures") = std::vector<std::string>{LLMFP4_CUDA_ARCHITECTURES};
 #else

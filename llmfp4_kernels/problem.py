@@ -11,6 +11,9 @@ import torch
 from .formats import E2M1, Dynamic, Element, Recipe, Scale, int8_planes, is_integer_product
 from .packed import PackedFP4
 
+FORCE = "LLMFP4_KERNEL"
+"""Environment variable that names the kernel to run, or a family: all rows up to the dot."""
+
 
 def _usual(elements: tuple[Element, ...]) -> Element | None:
     return E2M1 if E2M1 in elements else next(iter(elements), None)

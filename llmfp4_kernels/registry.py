@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 
-from .backends import cpu, cuda, cuda_options, reference, rounded, triton
+from .backends import cpu, cuda, cuda_options, cuda_sm120, reference, rounded, triton
 from .errors import NoKernel
-from .problem import Kernel, Problem
-
-FORCE = "LLMFP4_KERNEL"
-"""Names a row, or a family: all rows up to the dot."""
+from .problem import FORCE, Kernel, Problem
 
 
 def table() -> tuple[Kernel, ...]:
     """Every kernel, in the order in which they are asked."""
-    return cpu.KERNELS + rounded.KERNELS + cuda.KERNELS + cuda_options.KERNELS + triton.KERNELS + reference.KERNELS
+    on_gpu = cuda.KERNELS + cuda_options.KERNELS + cuda_sm120.KERNELS + triton.KERNELS
+    return cpu.KERNELS + rounded.KERNELS + on_gpu + reference.KERNELS
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:

@@ -25,8 +25,9 @@ from llmfp4_kernels.problem import Kernel
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = {  # architecture: what is compiled for it here
-    "sm_80": sorted(p for p in (CSRC / "cuda").glob("*.cu") if p.stem not in ("runtime", "gemm_sm90")),
+    "sm_80": sorted(p for p in (CSRC / "cuda").glob("*.cu") if p.stem not in ("runtime", "gemm_sm90", "gemm_sm120")),
     "sm_90a": [CSRC / "cuda" / "activations.cu", CSRC / "cuda" / "gemm_sm90.cu"],
+    "sm_120a": [CSRC / "cuda" / "gemm_sm120.cu"],
 }
 
 

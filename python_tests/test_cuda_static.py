@@ -59,7 +59,12 @@ BUDGETS_SM90 = {  # registers a thread; shared memory is held to its limits wher
     r"gemm_sm90_\w+_(32|64)": 96,  # 2 of 288 threads; 9 warps on 4 schedulers count as 12
     r"gemm_sm90_\w+_(128|256)": 168,  # 1 of 288
 }
-KERNELS, KERNELS_SM90 = 41, 19
+BUDGETS_SM120 = {
+    "quantize_sm120_activations": 128,  # 1 of 512 threads
+    r"gemm_sm120_\w+4": 168,  # 2 of 128, as many as shared memory holds
+}
+KERNELS = {"sm_90a": 19, "sm_120a": 3}
+"""Of the architectures that have kernels of their own; the others have 41."""
 OPCODES = {
     r"gem(v|m_sm80)_int8_\w+": r"IMMA\.16832\.S8\.S8",
     r"gem(v|m_sm80)_int8_grouped_\w+": r"IMMA\.16816\.S8\.S8",
@@ -72,6 +77,9 @@ OPCODES = {
     r"gemm_sm90_f16_\w+": r"HGMMA\.64x\d+x16\.F32 ",
     r"gemm_sm90_bf16_\w+": r"HGMMA\.64x\d+x16\.F32\.BF16 ",
     r"gemm_sm90_\w+": r"UBLKCP",
+    "gemm_sm120_mxf4": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.E8 ",
+    "gemm_sm120_nvf4": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3\.4X ",
+    r"gemm_sm120_\w+4": r"LDGSTS\.E\.BYPASS\.128",
 }
 
 
@@ -132,12 +140,12 @@ def test_no_spills_and_registers_within_budget():
     found = dump("-res-usage")
     for (arch, name), usage in found.items():
         number = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        (budget,) = matching(BUDGETS_SM90, name) or [registers for registers, _, _ in matching(BUDGETS, name)]
+        (budget,) = matching(BUDGETS_SM90 | BUDGETS_SM120, name) or [most for most, _, _ in matching(BUDGETS, name)]
         assert number["STACK"] == number["LOCAL"] == 0, f"{name} spills on {arch}: {usage}"
         assert number["REG"] <= budget, f"{name} takes {number['REG']} registers on {arch}, its budget is {budget}"
     built = {"sm_" + re.match(r"\d+a?", a)[0] for a in native.module().cuda_architectures}
     count = {arch: sum(a == arch for a, _ in found) for arch in {arch for arch, _ in found}}
-    assert count == {arch: KERNELS_SM90 if arch == "sm_90a" else KERNELS for arch in built}
+    assert count == {arch: KERNELS.get(arch, 41) for arch in built}
 
 
 def test_products_of_warpgroups_are_not_serialised(tmp_path):
@@ -146,14 +154,14 @@ def test_products_of_warpgroups_are_not_serialised(tmp_path):
     code = ("-gencode", "arch=compute_90a,code=sm_90a")
     command = [build.nvcc(), "-std=c++17", "-O3", "-cubin", *code, "-Xptxas", "-v", source, "-o", tmp_path / "x.cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert said.count("Compiling entry function") == KERNELS_SM90 and not re.search(r"\(C75\d\d\)", said), said
+    assert said.count("Compiling entry function") == KERNELS["sm_90a"] and not re.search(r"\(C75\d\d\)", said), said
 
 
 def test_shared_memory_is_what_the_table_says():
     """sm_90's compiler counts the 1024 bytes that the system takes of each block with static shared memory."""
     dynamic = dynamic_shared_memory()
     for (arch, name), usage in dump("-res-usage").items():
-        if arch == "sm_90a":
+        if arch in KERNELS:
             continue
         ((_, static, budget),) = matching(BUDGETS, name)
         system = 1024 if static and int(arch.removeprefix("sm_")) >= 90 else 0

@@ -7,7 +7,7 @@ from test_dynamic import INTEGER_ACTIVATIONS, dynamic_packed, wild_x
 from test_grouped import INT8, grouped, rounding
 
 from llmfp4_kernels import FP4Linear, native, reference
-from llmfp4_kernels.backends import cuda, cuda_options, cuda_sm90
+from llmfp4_kernels.backends import cuda, cuda_options, cuda_sm90, cuda_sm120
 from llmfp4_kernels.errors import BadInput
 from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, E8M0, FP4_ELEMENTS, INTEGER, Dynamic, element
 from llmfp4_kernels.problem import Problem
@@ -138,6 +138,29 @@ def test_small_problems_of_every_kind():
         check_groups(grouped(70, 330, E2M1, (E8M0, 32), (INT8, Dynamic())), wild_x(m, 330))
         if hopper:
             check_e4m3(random_packed(70, 330, E2M1, element("e4m3")), random_x(m, 330, torch.bfloat16))
+
+
+def test_block_scaled_products(monkeypatch):
+    """cuda.sm120, which has never run. Its tensor cores are given 2^-11 of Σ|x·w|: what they keep is not specified."""
+    from test_cuda_sm120 import exact_and_bound, scaled
+
+    if torch.cuda.get_device_capability() != cuda_sm120.CAPABILITY:
+        pytest.skip("needs sm_120")
+    monkeypatch.setenv("LLMFP4_KERNEL", cuda_sm120.NAME)
+    (kernel,) = cuda_sm120.KERNELS
+    for m, n, k in SHAPES:
+        for packed in (
+            random_packed(n, k, E2M1, E2M1, shift=True),
+            scaled(n, k, E8M0, 32, Dynamic(32, E8M0)),
+            scaled(n, k, E4M3, 16, Dynamic(16, E4M3)),
+        ):
+            x, on_gpu = random_x(m, k), packed.to("cuda")
+            assert kernel.refusal(Problem.of(on_gpu, m, x.dtype)) is None
+            y = kernel.prepare(on_gpu, None).run(kernel, x.cuda()).cpu()
+            exact, bound = exact_and_bound(packed, x)
+            rounded, w = reference.round_activation(x, packed, torch.float64), reference.stored_weight(packed)
+            bound += 2.0**-11 * (rounded.abs() @ w.abs().T)
+            assert ((y.double() - exact).abs() <= bound).all(), (m, n, k, packed.scale)
 
 
 def test_graphs_replay_and_streams_do_not_meet():

@@ -190,7 +190,7 @@ def test_tiles_that_do_not_run_are_refused(changes, version, sentence):
 
 def test_a_family_may_be_forced(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "_unusable", lambda problem: None)
-    monkeypatch.setattr(cuda.machine, "capability", lambda: (8, 0))
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (8, 0))
     monkeypatch.setenv(FORCE, "triton")
     many = dataclasses.replace(PROBLEM, m=17)
     assert choose(PROBLEM).name == "triton.gemv" and choose(many).name == "triton.gemm"

@@ -236,8 +236,8 @@ def test_the_command_without_a_gpu_is_refused(capsys):
         (["--shape", "4096"], "--shape '4096' is not of the form NxK"),
         (["--shape", "0x64"], "--shape '0x64' is not"),
         (["--shape", "64x64", "--recipe", "fp3"], "unknown recipe 'fp3'"),
-        (["--shape", "64x64", "--m", "0"], "'0' is no whole number above 0"),
-        (["--shape", "64x64", "--seconds", "-1"], "'-1' is no whole number above 0"),
+        (["--shape", "64x64", "--m", "0"], "'0' is no whole number of at least 1"),
+        (["--shape", "64x64", "--seconds", "-1"], "'-1' is no whole number of at least 1"),
     ],
 )
 def test_bad_options_are_refused(argv, sentence, capsys, monkeypatch):

@@ -85,8 +85,8 @@ __device__ inline int32_t quantize_group(const Quantize& q, const float (&v)[chu
 }
 
 // v in units of the token → integers, with the least factor that holds the group's largest value, or the one below if
-// that errs less. The lanes of a group are neighbours; all lanes of the warp come here.
-__device__ inline void quantize_best(const Quantize& q, float (&v)[chunk_k]) {
+// that errs less; returns that factor. The lanes of a group are neighbours; all lanes of the warp come here.
+__device__ inline float quantize_best(const Quantize& q, float (&v)[chunk_k]) {
     uint32_t largest = largest_bits(v);
     for (int lanes = 1; lanes < q.group_size / chunk_k; lanes *= 2)
         largest = max(largest, from_lane_xor(largest, lanes));
@@ -97,6 +97,7 @@ __device__ inline void quantize_best(const Quantize& q, float (&v)[chunk_k]) {
     for (int lanes = 1; lanes < q.group_size / chunk_k; lanes *= 2) gain += from_lane_xor(gain, lanes);
 #pragma unroll
     for (int i = 0; i < chunk_k; ++i) v[i] = gain > 0 ? with_below[i] : with_holds[i];
+    return gain > 0 ? below : holds;
 }
 
 __device__ inline void quantize_static(const Quantize& q, int k0, float (&v)[chunk_k]) {

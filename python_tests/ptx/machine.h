@@ -76,11 +76,16 @@ void run_tma();
 u32 swizzled(u32 address, u32 mode);
 
 // matrices.cpp, wgmma.cpp
-enum Type { BF16, F16, S8, U8, E4M3, E5M2, S4, U4, TF32 };
+enum Type { BF16, F16, S8, U8, E4M3, E5M2, S4, U4, TF32, E2M1, UE8M0, UE4M3 };
 void ldmatrix(Thread& T, int matrices, bool transposed, u32 address, u32* out);
 void stmatrix(Thread& T, int matrices, bool transposed, u32 address, const u32* in);
 void mma(Thread& T, int k, Type a_type, Type b_type, Type d_type, bool integer, bool saturate, u32* d, const u32* a,
          const u32* b, const u32* c);
+struct BlockScales {  // of one operand: the word of lane 4 g + thread (of A: + 1 for row g + 8), from this byte on
+    u32 word, byte, thread;
+};
+void mma_scaled(Thread& T, int blocks, Type scale_type, u32* d, const u32* a, const u32* b, const u32* c,
+                BlockScales scale_a, BlockScales scale_b);
 void wgmma(Thread& T, int n, int k, Type type_a, Type type_b, bool integer, u32** d, const u32* a, u64 desc_a,
            u64 desc_b, bool accumulate, int sign_a, int sign_b, int major_a, int major_b);
 void wgmma_commit(Thread& T);

@@ -46,13 +46,14 @@ void stmatrix(Thread& T, int matrices, bool transposed, u32 address, const u32* 
     });
 }
 
-int bits(Type t) { return t == BF16 || t == F16 ? 16 : t == S4 || t == U4 ? 4 : t == TF32 ? 32 : 8; }
+int bits(Type t) { return t == BF16 || t == F16 ? 16 : t == S4 || t == U4 || t == E2M1 ? 4 : t == TF32 ? 32 : 8; }
 
 float decode_float(Type t, const u8* p, int i) {
     u16 h;
     u32 w;
     if (t == E4M3) return e4m3(p[i]);
     if (t == E5M2) return e5m2(p[i]);
+    if (t == E2M1) return e2m1(p[i / 2] >> (4 * (i & 1)) & 15);
     if (t == TF32) return memcpy(&w, p + 4 * i, 4), f32(w & 0xffffe000u);
     memcpy(&h, p + 2 * i, 2);
     return t == BF16 ? bf16(h) : f16(h);
@@ -129,6 +130,43 @@ void mma(Thread& T, int k, Type ta, Type tb, Type td, bool integer, bool saturat
     MmaArg mine{d, a, b, c};
     collective(T, MMA, ~0u, &mine, [&](void** arg) {
         integer ? multiply_ints(k, ta, tb, saturate, arg) : multiply_floats(k, ta, tb, td, arg);
+    });
+}
+
+struct ScaledArg {
+    MmaArg words;  // first: `unpack` reads it
+    BlockScales a, b;
+};
+
+static float scale_of(Thread& T, Type type, const BlockScales& from, int block) {
+    u8 byte = u8(from.word >> (8 * (from.byte + block)));
+    if (type == UE8M0) return ue8m0(byte);
+    if (byte & 128) fail(T, "Misuse", "ue4m3 scale 0x%02x: its highest bit is not 0", byte);
+    return e4m3(byte);
+}
+
+// The scales of row i of A lie in lane 4 (i % 8) + 2 thread + i / 8, those of column j of B in lane 4 j + thread.
+void mma_scaled(Thread& T, int blocks, Type scale_type, u32* d, const u32* a, const u32* b, const u32* c,
+                BlockScales scale_a, BlockScales scale_b) {
+    check_converged(T);
+    ScaledArg mine{{d, a, b, c}, scale_a, scale_b};
+    collective(T, MMA, ~0u, &mine, [&](void** arg) {
+        constexpr int k = 64;
+        float fa[16 * k], fb[k * 8], sum[128];
+        unpack<float>(k, E2M1, E2M1, arg, decode_float, fa, fb);
+        for (int q = 0; q < 128; q++) {
+            int lane = q / 4, i = (lane >> 2) + 8 * (q % 4 >> 1), j = (lane & 3) * 2 + (q & 1);
+            const BlockScales& of_row = ((ScaledArg*)arg[4 * (i % 8) + 2 * scale_a.thread + i / 8])->a;
+            const BlockScales& of_column = ((ScaledArg*)arg[4 * j + scale_b.thread])->b;
+            sum[q] = f32(((ScaledArg*)arg[lane])->words.c[q % 4]);
+            for (int block = 0; block < blocks; block++) {
+                double scales =
+                    double(scale_of(T, scale_type, of_row, block)) * double(scale_of(T, scale_type, of_column, block));
+                for (int x = block * k / blocks; x < (block + 1) * k / blocks; x++)
+                    sum[q] += float(double(fa[i * k + x] * fb[x * 8 + j]) * scales);
+            }
+        }
+        for (int q = 0; q < 128; q++) ((ScaledArg*)arg[q / 4])->words.d[q % 4] = of_f32(sum[q]);
     });
 }
 }  // namespace ptx

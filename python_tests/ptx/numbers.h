@@ -47,6 +47,8 @@ inline float f16(u16 h) {
 inline float bf16(u16 h) { return f32(u32(h) << 16); }
 inline float e4m3(u8 x) { return (x & 127) == 127 ? NAN : small_float(x, 4, 3, false); }
 inline float e5m2(u8 x) { return f16(u16(x << 8)); }
+inline float e2m1(u8 x) { return small_float(x, 2, 1, false); }
+inline float ue8m0(u8 x) { return x == 255 ? NAN : std::ldexp(1.f, x - 127); }
 
 // |f| in units of the format's spacing there, rounded to nearest even; the code is exponent and mantissa.
 inline u32 small_code(float f, int e, int m, u32 largest, u32 overflow) {

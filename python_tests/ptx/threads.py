@@ -151,6 +151,30 @@ def mma(f, m, d, a, b, c):
     return f.at() + f"{{ {arrays}u32 md[{n}]; {call}, md, ma, mb, mc);{stores} }}"
 
 
+SCALED = {("mxf4", "2X", "ue8m0"): 2, ("mxf4nvf4", "4X", "ue4m3"): 4}
+"""Kind, scale vector and scale type: scales of a row's 64 inputs."""
+
+
+@instruction(
+    r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::(?P<kind>\w+)\.block_scale\.scale_vec::(?P<vector>\dX)"
+    r"\.f32\.e2m1\.e2m1\.f32\.(?P<scale>\w+)"
+)
+def mma_scaled(f, m, d, a, b, c, scale_a, select_a, scale_b, select_b):
+    blocks = SCALED.get((m["kind"], m["vector"], m["scale"]))
+    if blocks is None:
+        raise Refusal(f"kind::{m['kind']} with scale_vec::{m['vector']} of {m['scale']} is not modelled")
+    scales = []
+    for word, selector, threads in ((scale_a, select_a, 2), (scale_b, select_b, 4)):
+        byte, thread = (int(x, 0) for x in selector.strip("{}").split(","))
+        if byte not in range(0, 4, blocks) or thread not in range(threads):
+            raise Refusal(f"scale selector {selector}: bytes are {blocks} from 0 on, threads 0..{threads - 1}")
+        scales.append(f"{{{f.values(word)[0]}, {byte}, {thread}}}")
+    arrays = "".join(f"u32 {x}[] = {{{', '.join(f.values(v))}}}; " for x, v in (("ma", a), ("mb", b), ("mc", c)))
+    stores = "".join(f" {x} = md[{i}];" for i, x in enumerate(f.values(d)))
+    call = f"mma_scaled(T, {blocks}, {m['scale'].upper()}, md, ma, mb, mc, {', '.join(scales)});"
+    return f.at() + f"{{ {arrays}u32 md[4]; {call}{stores} }}"
+
+
 @instruction(r"wgmma\.(?P<what>commit_group|wait_group)\.sync\.aligned")
 def wgmma_groups(f, m, n="0"):
     return f.at() + ("wgmma_commit(T);" if m["what"] == "commit_group" else f"wgmma_wait(T, {f.value(n)});")
