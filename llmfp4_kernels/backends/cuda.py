@@ -13,7 +13,7 @@ import torch
 
 from .. import native
 from ..errors import BadInput, NoKernel
-from ..formats import E8M0, Element
+from ..formats import E8M0
 from ..layout import to_layout
 from ..packed import PackedFP4
 from ..problem import Kernel, Problem
@@ -83,10 +83,6 @@ def _arrived(queue: Queue, count: int, device: torch.device) -> torch.Tensor | N
     return made
 
 
-def _fields(element: Element) -> tuple[int, int, int]:
-    return element.exponent_bits, element.mantissa_bits, element.bias
-
-
 def relative_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
     """(group_scale, row_scale): E8M0 bytes relative to the row's largest, which is 127 (1.0) then and goes into
     row_scale, so that fp16 holds them. Others as they are."""
@@ -123,7 +119,7 @@ class Prepared:
         self._linear = native.module().CudaLinear(
             n=self.n,
             k=self.k,
-            element=_fields(packed.element),
+            element=packed.element.fields,
             scale=packed.scale.name if packed.scale else "none",
             group_size=packed.group_size,
             **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
@@ -145,7 +141,7 @@ class Prepared:
     def _quantize_activations(self, packed: PackedFP4):
         given = {"shift": packed.shift, "x_factor": packed.x_factor}
         self._linear.quantize_activations(
-            _fields(packed.activation),
+            packed.activation.fields,
             0.0 if packed.dynamic else packed.x_scale.item(),
             packed.dynamic.group_size if packed.dynamic else 0,
             **{name: self._padded(name, tensor, 0) for name, tensor in given.items() if tensor is not None},
@@ -213,7 +209,8 @@ def refusal(name: str, problem: Problem) -> str | None:
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
     fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
-    why = None if fp8 else _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
+    integers = problem.activation and not fp8
+    why = _refusal_of_integers(problem) if integers else _refusal_of_groups(problem)
     if why:
         return why
     rows = problem.m * planes(problem)
