@@ -30,6 +30,7 @@ SHAPES = [(4096, 4096), (11008, 4096), (13824, 5120), (28672, 8192)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 SCHEMES = (
     "llm-fp4", "llm-fp4@cuda.gemv-weight-shift", "llm-fp4@cuda.sm80-weight-shift", "llm-fp4@cuda.sm80-packed",
+    "gptq-fp4-a8-fp8@cuda.sm90", "gptq-fp4-a8-fp8@cuda.sm90-fast-sums", "mxfp4-a8-fp8@cuda.sm90",
     "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16", "llm-fp4-a16:fp16", "mxfp4", "nvfp4",
 )  # fmt: skip
 CHECKED_TOKENS = 32

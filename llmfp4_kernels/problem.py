@@ -32,6 +32,8 @@ class Problem:
     device: str = "cpu"
     dynamic: Dynamic | None = None
     x_factor: bool = False
+    scale_span: int = 0
+    """PackedFP4.scale_span of a weight that meets quantized activations."""
 
     @staticmethod
     def of(packed: PackedFP4, m: int, dtype: torch.dtype) -> Problem:
@@ -40,6 +42,7 @@ class Problem:
         return Problem(
             m, n, k, packed.element, packed.activation, packed.scale, packed.group_size,
             packed.shift is not None, dtype, packed.codes.device.type, packed.dynamic, packed.x_factor is not None,
+            packed.scale_span if packed.activation else 0,
         )  # fmt: skip
 
     @staticmethod

@@ -59,7 +59,7 @@ BUDGETS_SM90 = {  # registers a thread; shared memory is held to its limits wher
     r"gemm_sm90_\w+_(32|64)": 96,  # 2 of 288 threads; 9 warps on 4 schedulers count as 12
     r"gemm_sm90_\w+_(128|256)": 168,  # 1 of 288
 }
-KERNELS, KERNELS_SM90 = 41, 19
+KERNELS, KERNELS_SM90 = 41, 26
 OPCODES = {
     r"gem(v|m_sm80)_int8_\w+": r"IMMA\.16832\.S8\.S8",
     r"gem(v|m_sm80)_int8_grouped_\w+": r"IMMA\.16816\.S8\.S8",
@@ -118,9 +118,9 @@ def dynamic_shared_memory() -> dict[str, set[int]]:
                     gpu.run(packed, name, m, dtype)
         gpu.run(floats, "cuda.gemv", 1, torch.float32)
         int8 = dataclasses.replace(grouped, activation=element("e1m6"), dynamic=Dynamic())
-        for m, row in itertools.product((1, 16, 17, 64, 128), cuda_options.KERNELS):
-            if m <= 16 or "gemv" not in row.name:
-                gpu.run(integer, row.name, m)
+        for m, row in itertools.product((1, 16, 17, 64, 128), cuda_options.OPTIONS):
+            if m <= 16 or "gemv" not in row:
+                gpu.run(integer, f"cuda.{row}", m)
             gpu.run(int8, "cuda.gemv" if m <= 16 else "cuda.sm80", m)
         gpu.run(int8, "cuda.sm80", 1)
         for m, row in ((1, "gemv"), (16, "gemv"), (17, "sm80"), (64, "sm80"), (128, "sm80")):
