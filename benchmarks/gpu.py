@@ -31,6 +31,7 @@ TOKENS = [1, 16, 1024, 4096, 4, 64, 256, 2, 8, 32, 128]
 """In the order in which they are measured: where time is up, what lies between is left out."""
 SCHEMES = (
     "llm-fp4", "llm-fp4@cuda.gemv-weight-shift", "llm-fp4@cuda.sm80-weight-shift", "llm-fp4@cuda.sm80-packed",
+    "gptq-fp4-a8-fp8@cuda.sm90", "gptq-fp4-a8-fp8@cuda.sm90-fast-sums", "mxfp4-a8-fp8@cuda.sm90",
     "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16", "llm-fp4-a16:fp16", "mxfp4", "nvfp4",
     "minmax-w4a8@cuda.sm90", "llm-fp4@cuda.sm80", "llm-fp4-a16@cuda.sm80", "nvfp4@cuda.sm80",
     "llm-fp4@triton", "llm-fp4-a16@triton", "llm-fp4-a16:fp16@triton", "nvfp4@triton",

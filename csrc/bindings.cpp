@@ -31,7 +31,7 @@ const cpu::Kernels& kernel_named(const std::string& name) {
 // One weight and what its activations look like, ready to multiply. Holds addresses, not tensors.
 class Linear {
 public:
-    Linear(int n, int k, std::tuple<int, int, int> element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
+    Linear(int n, int k, ElementFields element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
            const std::string& scale, uintptr_t group_scale, int group_size, uintptr_t shift, uintptr_t x_factor)
         : w_{{n, k},
              element_of(element),
@@ -57,7 +57,7 @@ public:
     bool smoothed() const { return w_.smoothed; }
 
     // Activations become codes of `element` at the static scale `x_scale`: W4A4.
-    void quantize_activations(std::tuple<int, int, int> element, float x_scale) {
+    void quantize_activations(ElementFields element, float x_scale) {
         const Element e = element_of(element);
         const int top = shift_ ? e.max_shift() : 0;
         inverse_.assign(w_.at.padded_k(), 0.0f);
@@ -72,7 +72,7 @@ public:
 
     // Activations become codes of `element` at scales of their own: one per token, and one integer per group of
     // `group_size` inputs if that is not 0.
-    void quantize_dynamically(std::tuple<int, int, int> element, int group_size) {
+    void quantize_dynamically(ElementFields element, int group_size) {
         const Element e = element_of(element);
         if (shift_) throw py::value_error("dynamic activations take no shift");
         if (group_size < 0 || group_size > cpu::dynamic_group_limit)
@@ -129,7 +129,7 @@ double peak(const std::string& isa, const std::string& unit, int threads, double
     return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
-std::vector<float> element_values(std::tuple<int, int, int> e) {
+std::vector<float> element_values(ElementFields e) {
     std::vector<float> values;
     for (int code = 0; code < 2 * element_of(e).sign_code(); ++code) values.push_back(element_of(e).value(code));
     return values;
@@ -150,8 +150,8 @@ PYBIND11_MODULE(_C, m) {
         .value("float16", cpu::Dtype::f16);
     py::class_<cpu::Kernels>(m, "Kernel").def_readonly("name", &cpu::Kernels::name);
     py::class_<Linear>(m, "Linear")
-        .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&,
-                      uintptr_t, int, uintptr_t, uintptr_t>(),
+        .def(py::init<int, int, ElementFields, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int,
+                      uintptr_t, uintptr_t>(),
              py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
              py::arg("bias") = 0, py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0,
              py::arg("shift") = 0, py::arg("x_factor") = 0)

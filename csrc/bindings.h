@@ -16,7 +16,9 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline Element element_of(std::tuple<int, int, int> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
+using ElementFields = std::tuple<int, int, int, int>;  // formats.py's Element.fields
+
+inline Element element_of(ElementFields e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e), std::get<3>(e)}; }
 
 inline ScaleKind scale_kind_of(const std::string& name) {
     if (name == "none") return ScaleKind::none;

@@ -10,7 +10,7 @@ namespace {
 // One weight on a GPU and what its activations look like. Holds addresses, not tensors.
 class CudaLinear {
 public:
-    CudaLinear(int n, int k, std::tuple<int, int, int> element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
+    CudaLinear(int n, int k, ElementFields element, uintptr_t codes, uintptr_t row_scale, uintptr_t bias,
                const std::string& scale, uintptr_t group_scale, int group_size)
         : w_{n,
              k,
@@ -26,7 +26,7 @@ public:
     }
 
     // Activations become integers of `element`, at x_scale or (0) at scales of their own.
-    void quantize_activations(std::tuple<int, int, int> element, float x_scale, int group_size, uintptr_t shift,
+    void quantize_activations(ElementFields element, float x_scale, int group_size, uintptr_t shift,
                               uintptr_t x_factor) {
         a_ = {element_of(element), x_scale, group_size, pointer<uint8_t>(shift), pointer<float>(x_factor)};
         cuda::require_aligned("shifts", a_.shift, 16);
@@ -78,8 +78,7 @@ void bind_cuda(py::module_& m) {
         .def_readonly("counters", &cuda::Plan::counters)
         .def_readonly("splits", &cuda::Plan::splits);
     py::class_<CudaLinear>(m, "CudaLinear")
-        .def(py::init<int, int, std::tuple<int, int, int>, uintptr_t, uintptr_t, uintptr_t, const std::string&,
-                      uintptr_t, int>(),
+        .def(py::init<int, int, ElementFields, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int>(),
              py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
              py::arg("bias") = 0, py::arg("scale") = "none", py::arg("group_scale") = 0, py::arg("group_size") = 0)
         .def("quantize_activations", &CudaLinear::quantize_activations, py::arg("element"), py::arg("x_scale"),

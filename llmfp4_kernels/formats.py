@@ -21,20 +21,27 @@ INTEGER_GROUP_MAX = 256
 
 @dataclass(frozen=True)
 class Element:
-    """A small float without Inf and NaN: 1 sign bit, E exponent bits, M mantissa bits.
+    """A small float without Inf: 1 sign bit, E exponent bits, M mantissa bits.
 
     With exponent field p and mantissa field f (LLM-FP4 eq. 9; OCP MX spec 1.0 section 5.3.3 for E2M1):
 
         p = 0:  ± f · 2^(1 - bias - M)            p ≥ 1:  ± (2^M + f) · 2^(p - bias - M)
 
     The code is sign << (E+M) | p << M | f. LLM-FP4 writes a real-valued bias b~ instead of `bias`;
-    that is the same grid times the real scale 2^(bias - b~).
+    that is the same grid times the real scale 2^(bias - b~). The largest `nan_codes` magnitudes are NaN: none in
+    LLM-FP4's floats, one in OCP's E4M3.
     """
 
     name: str
     exponent_bits: int
     mantissa_bits: int
     bias: int
+    nan_codes: int = 0
+
+    @property
+    def fields(self) -> tuple[int, int, int, int]:
+        """What csrc/core/element.h knows of it."""
+        return self.exponent_bits, self.mantissa_bits, self.bias, self.nan_codes
 
     @property
     def bits(self) -> int:
@@ -47,6 +54,8 @@ class Element:
 
     def magnitude(self, code: int) -> float:
         """The value of a code without its sign bit."""
+        if code >= self.sign_code - self.nan_codes:
+            return math.nan
         p, f = divmod(code, 1 << self.mantissa_bits)
         if p == 0:
             return math.ldexp(f, 1 - self.bias - self.mantissa_bits)
@@ -63,7 +72,7 @@ class Element:
 
     @property
     def max(self) -> float:
-        return self.magnitude(self.sign_code - 1)
+        return self.magnitude(self.sign_code - self.nan_codes - 1)
 
     @property
     def integer_scale(self) -> int:
@@ -87,13 +96,17 @@ class Element:
 
 
 _ELEMENT_NAME = re.compile(r"e([1-7])m([0-6])")
+E4M3FN = Element("e4m3fn", 4, 3, 7, nan_codes=1)
+"""OCP FP8 E4M3, torch.float8_e4m3fn: up to 448. "e4m3", as LLM-FP4 has it, goes up to 480."""
 
 
 def element(name: str) -> Element:
     """The element called `name` ("e2m1"), with the IEEE-style bias 2^(E-1) - 1 (0 for E1).
 
-    Raises BadInput for anything that is not a 4-, 6- or 8-bit eXmY.
+    Raises BadInput for anything that is neither a 4-, 6- or 8-bit eXmY nor "e4m3fn".
     """
+    if name == E4M3FN.name:
+        return E4M3FN
     match = _ELEMENT_NAME.fullmatch(name)
     if match:
         exponent_bits, mantissa_bits = int(match[1]), int(match[2])
@@ -245,6 +258,7 @@ RECIPES = {
         Recipe("llm-fp4-baseline-a8", _FP4, _FP8, search=True, source=f"{_PAPER}, FPQ baseline, rows 4/4/8"),
         Recipe("gptq-fp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(16, INTEGER), **_GPTQ),
         Recipe("gptq-fp4-a8", activation_elements=(_INT8,), dynamic=_TOKEN, **_GPTQ),
+        Recipe("gptq-fp4-a8-fp8", activation_elements=(E4M3FN,), dynamic=_TOKEN, **_GPTQ),
         Recipe("gptq-fp4-a16", **_GPTQ),
         Recipe("minmax-w4a4", (E2M1,), (E2M1,), source=f"{_PAPER}, MinMax FP baseline"),
         Recipe("minmax-w4a8", (E2M1,), (_FP8_E4M3,), source=f"{_PAPER}, MinMax FP baseline, rows 4/4/8"),
@@ -255,6 +269,7 @@ RECIPES = {
         Recipe("mxfp4", **_MXFP4),
         Recipe("mxfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=Dynamic(32, E8M0), **_MXFP4),
         Recipe("mxfp4-a8-int", activation_elements=(_INT8,), dynamic=_TOKEN, **_MXFP4),
+        Recipe("mxfp4-a8-fp8", activation_elements=(E4M3FN,), dynamic=_TOKEN, **_MXFP4),
         Recipe("mxfp4-a4", activation_elements=(E2M1,), dynamic=Dynamic(32, E8M0), **_MXFP4),
         Recipe("nvfp4", **_NVFP4),
         Recipe("nvfp4-a8", activation_elements=(_FP8_E4M3,), dynamic=_TOKEN, **_NVFP4),

@@ -22,16 +22,16 @@ _shuffling = threading.Lock()
 
 
 def element_byte(element: Element) -> int:
-    """An element as one byte: exponent bits, and the mantissa bits << 4 of those with 6 or 8 bits."""
-    return element.exponent_bits | (element.mantissa_bits << 4 if element.bits > 4 else 0)
+    """An element as one byte: exponent bits; of 6 or 8 bits also mantissa bits << 4; the top bit for "e4m3fn"."""
+    return element.exponent_bits | (element.mantissa_bits << 4 if element.bits > 4 else 0) | element.nan_codes << 7
 
 
 def element_of_byte(byte: int) -> Element:
     """Inverse of `element_byte`; raises BadInput for a byte that names no element."""
-    exponent_bits, mantissa_bits = byte & 15, byte >> 4
+    exponent_bits, mantissa_bits = byte & 15, byte >> 4 & 7
     if mantissa_bits == 0 and exponent_bits <= 3:
         mantissa_bits = 3 - exponent_bits
-    return element_named(f"e{exponent_bits}m{mantissa_bits}")
+    return element_named(f"e{exponent_bits}m{mantissa_bits}{'fn' if byte >> 7 else ''}")
 
 
 def _raw(*shape: int, device=None) -> nn.Parameter:

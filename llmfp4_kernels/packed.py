@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -13,7 +14,18 @@ from pathlib import Path
 import torch
 
 from .errors import BadFile, BadInput
-from .formats import FP4_ELEMENTS, INT8_MAX, INTEGER, SCALES, X_SCALES, Dynamic, Element, Scale, is_integer_product
+from .formats import (
+    E8M0,
+    FP4_ELEMENTS,
+    INT8_MAX,
+    INTEGER,
+    SCALES,
+    X_SCALES,
+    Dynamic,
+    Element,
+    Scale,
+    is_integer_product,
+)
 from .formats import element as element_named
 
 FORMAT, VERSION = "llmfp4", 1
@@ -168,6 +180,13 @@ class PackedFP4:
     def integer(self) -> bool:
         """Whether the product with this weight is a sum of integers, exact in int32: every integer kernel's terms."""
         return is_integer_product(self.activation, self.scale, self.dynamic, self.shift is not None)
+
+    @functools.cached_property
+    def scale_span(self) -> int:
+        """Binades between the largest and the smallest E8M0 scale of a row, of the row with most; 0 without E8M0."""
+        if self.scale != E8M0:
+            return 0
+        return int((self.group_scale.amax(1).int() - self.group_scale.amin(1).int()).max())
 
     @property
     def nbytes(self) -> int:

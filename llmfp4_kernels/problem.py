@@ -37,6 +37,8 @@ class Problem:
     x_factor: bool = False
     device_index: int | None = None
     """Of the tensors' GPU; None: the current one."""
+    scale_span: int = 0
+    """PackedFP4.scale_span of a weight that meets quantized activations."""
 
     @staticmethod
     def of(packed: PackedFP4, m: int, dtype: torch.dtype) -> Problem:
@@ -45,7 +47,7 @@ class Problem:
         return Problem(
             m, n, k, packed.element, packed.activation, packed.scale, packed.group_size,
             packed.shift is not None, dtype, packed.codes.device.type, packed.dynamic, packed.x_factor is not None,
-            packed.codes.device.index,
+            packed.codes.device.index, packed.scale_span if packed.activation else 0,
         )  # fmt: skip
 
     @staticmethod

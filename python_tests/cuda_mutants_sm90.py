@@ -12,9 +12,10 @@ INSTANCES = {  # as cuda_mutants.py
     "gemm_sm90_int8_128": ("cuda.sm90", "GemmSm90<Int8>", "gemm_sm90_block<Int8, false, 16>(p)"),
     "split_activations": ("cuda.sm90", "Split", "split_token(p)"),
     "gemm_sm90_fp8_32": ("cuda.sm90", "GemmSm90<Fp8>", "gemm_sm90_block<Fp8, false, 4>(p)"),
+    "gemm_sm90_fp8_grouped_32": ("cuda.sm90", "GemmSm90<GroupedFp8>", "gemm_sm90_block<GroupedFp8, true, 4>(p)"),
     "gemm_sm90_f16_grouped_32": ("cuda.sm90", "GemmSm90<Halves<F16>>", "gemm_sm90_block<Halves<F16>, true, 4>(p)"),
 }
-QUANTIZE, GEMM, WIDE, SPLIT, FP8, GROUPED = INSTANCES
+QUANTIZE, GEMM, WIDE, SPLIT, FP8, GROUPED_FP8, GROUPED = INSTANCES
 ARRIVE = "        if (lane == 0) arrive(&share.empty[i % T::stages]);\n"
 WAIT = "        wait_for_products();\n"
 MUTANTS = [
@@ -72,10 +73,20 @@ MUTANTS = [
     (GEMM, "epilogue_eights.h", "outputs of a pair swapped", "rounded_pair(v[2], v[3], dtype)", "rounded_pair(v[3], v[2], dtype)", WRONG),
     (GEMM, "epilogue_eights.h", "rows of any length", "out.n % 8 == 0 && ", "", "Misaligned OutOfBounds"),
     (GEMM, "gemm_sm90.h", "copies do not see the barriers", "        barriers_ready();\n", "", "MissingFence"),
-    (FP8, "gemm_sm90.h", "sums stay in the tensor core", "units_of_a_sum<Fp8> = 2;", "units_of_a_sum<Fp8> = 0;", WRONG),
     (FP8, "gemm_sm90.h", "sums in fp32 are overwritten", "total[i][e] = add(total[i][e], acc[i][e]);", "total[i][e] = acc[i][e];", WRONG),
     (FP8, "gemm_sm90.h", "sums count twice", "            acc[i][e] = 0;\n", "", WRONG),
     (FP8, "gemm_sm90.h", "the last sums are forgotten", "    }\n    promote(total, acc);\n", "    }\n", WRONG),
+    (FP8, "gemm_sm90.h", "sums stay in the tensor core", "if constexpr (units_of_a_sum<Operand> > 0)", "if constexpr (false)", WRONG),
+    (FP8, "gemm_sm90.h", "sums leave every 256 inputs", "units_of_a_sum<Fp8> = 2;", "units_of_a_sum<Fp8> = 4;", WRONG),
+    (GROUPED_FP8, "gemm_sm90.h", "sums of scaled weights leave every 256 inputs", "units_of_a_sum<GroupedFp8> = 2;", "units_of_a_sum<GroupedFp8> = 4;", WRONG),
+    (GROUPED_FP8, "decode_fp8.h", "zero gets an exponent", "0x08080800u", "0x08080808u", WRONG),
+    (GROUPED_FP8, "decode_fp8.h", "scales of outputs g for g + 8", "high = 127u - (pair >> 8)", "high = 127u - (pair & 0xffu)", WRONG),
+    (GROUPED_FP8, "decode_fp8.h", "large magnitudes are not scaled", "table.magnitudes[1] - low * 0x08080808u", "table.magnitudes[1]", WRONG),
+    (GROUPED_FP8, "decode_fp8.h", "exponents move the other way", "table.magnitudes[0] - high", "table.magnitudes[0] + high", WRONG),
+    (QUANTIZE, "store.h", "E4M3 without its sign", "byte | bits_of(v) >> 31 << 7", "byte", WRONG),
+    (QUANTIZE, "store.h", "subnormals of E4M3 as normal numbers", "magnitude >= smallest_normal ?", "magnitude > 0 ?", WRONG),
+    (QUANTIZE, "store.h", "subnormals of E4M3 in halves of a step", "mul(fabsf(v), 512.0f)", "mul(fabsf(v), 1024.0f)", WRONG),
+    (QUANTIZE, "quantize.h", "elements beyond the largest", "fabsf(v) < q.top ? fabsf(v) : q.top", "fabsf(v)", WRONG),
     (FP8, "decode_fp8.h", "signs of outputs g for g + 8", "word << 4 & 0x80808080u", "word & 0x80808080u", WRONG),
     (FP8, "decode_fp8.h", "magnitudes of outputs g for g + 8", "magnitudes >> 16", "magnitudes", WRONG),
     (FP8, "epilogue.h", "the scale of a token is forgotten", "if (out.x_scale) whole = mul(whole, out.x_scale[token]);", "", WRONG),

@@ -6,15 +6,15 @@ import pytest
 import torch
 from cases import random_packed, random_x, same_bits
 from cuda_mutants import ptx_of
-from cuda_mutants_sm90 import FP8, GROUPED, INSTANCES, MUTANTS, OF, SPLIT, WIDE
+from cuda_mutants_sm90 import FP8, GROUPED, GROUPED_FP8, INSTANCES, MUTANTS, OF, QUANTIZE, SPLIT, WIDE
 from cuda_on_cpu import OnCpu, all_kernels
 from mutants import RIGHT, WRONG, assert_caught
 from ptx import Program, missing
-from test_cuda_sm90 import e4m3_exact_and_bound
+from test_cuda_fp8 import cancelling, packed_of, unit_weights
 
 from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends import cuda
-from llmfp4_kernels.formats import E2M1, E3M0, E4M3, element
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E4M3FN
 
 WHY_NOT = missing() or native.problem_with_cuda()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
@@ -35,12 +35,13 @@ def problems(kernel):
         packed, x = random_packed(100, 1300, E2M1, scale=E4M3, group_size=16), random_x(20, 1300, torch.float16) / 64
         yield packed, x, None, 1
         return
-    if kernel == FP8:
-        yield random_packed(100, 1300, E2M1, element("e4m3")), random_x(20, 1300), None, 1
-        long = random_packed(16, 4100, E2M1, element("e4m3"))
-        long.codes &= 0x77  # no signs: sums grow, and with them what the tensor core cuts off
-        yield long, random_x(17, 4100).abs(), None, 1
+    if kernel in (FP8, GROUPED_FP8):
+        group = 32 if kernel == GROUPED_FP8 else 0
+        yield packed_of(100, 1300, E2M1, E4M3FN, False, 1, group), random_x(20, 1300), None, 1
+        yield *cancelling(group), None, 1
         return
+    if kernel == QUANTIZE:  # every value of E4M3, and some beyond
+        yield unit_weights(16, 256), torch.diag(torch.tensor(E4M3FN.values).nan_to_num(nan=1000.0)), None, 1
     if kernel == WIDE:
         yield random_packed(70, 130, E2M1, E2M1, True), random_x(140, 130), None, 8
         return
@@ -52,23 +53,16 @@ def problems(kernel):
 
 def outcome(kernel, instead, programs):
     for packed, x, bias, multiprocessors in problems(kernel):
+        expected = reference.gemm(x, packed, bias).to(x.dtype)
         for seed in (0, 1):
             with OnCpu(programs, multiprocessors, seed, limit_s=20, instead=instead, capability=(9, 0)) as gpu:
                 y = gpu.run(cuda.Prepared(packed, bias), "cuda.sm90", x)
                 assert kernel in gpu.launched
-            if not right(kernel, packed, x, bias, y):
+            near = 1e-2 * expected.abs().max().item()
+            alike = torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=near)
+            if not (same_bits(y, expected) if packed.integer or kernel == QUANTIZE else alike):
                 return WRONG
     return RIGHT
-
-
-def right(kernel, packed, x, bias, y) -> bool:
-    expected = reference.gemm(x, packed, bias).to(x.dtype)
-    if packed.integer:
-        return same_bits(y, expected)
-    if kernel == FP8:
-        exact, bound = e4m3_exact_and_bound(packed, x, bias)
-        return bool(((y.double() - exact).abs() <= bound).all())
-    return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", INSTANCES)

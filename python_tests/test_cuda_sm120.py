@@ -183,7 +183,7 @@ def test_codes_lie_as_lanes_hold_them():
 
 
 def test_recipes_it_takes(monkeypatch):
-    monkeypatch.setattr(cuda_sm120.cuda.machine, "capability", lambda: (12, 0), raising=False)
+    monkeypatch.setattr(cuda_sm120.cuda.machine, "capability", lambda index=None: (12, 0), raising=False)
     taken = {
         name
         for name, recipe in RECIPES.items()
@@ -195,7 +195,7 @@ def test_recipes_it_takes(monkeypatch):
 def test_refusals_and_order(monkeypatch):
     problem = Problem(64, 64, 64, E2M1, E2M1, device="cuda")
     capability = {"value": (12, 0)}
-    monkeypatch.setattr(cuda_sm120.cuda.machine, "capability", lambda: capability["value"], raising=False)
+    monkeypatch.setattr(cuda_sm120.cuda.machine, "capability", lambda index=None: capability["value"], raising=False)
     assert choose(problem) == KERNEL
     monkeypatch.delenv("LLMFP4_KERNEL")
     assert choose(problem).name == "cuda.sm80"

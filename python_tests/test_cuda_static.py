@@ -63,7 +63,7 @@ BUDGETS_SM120 = {
     "quantize_sm120_activations": 128,  # 1 of 512 threads
     r"gemm_sm120_\w+4": 168,  # 2 of 128, as many as shared memory holds
 }
-KERNELS = {"sm_90a": 19, "sm_120a": 3}
+KERNELS = {"sm_90a": 26, "sm_120a": 3}
 """Of the architectures that have kernels of their own; the others have 41."""
 OPCODES = {
     r"gem(v|m_sm80)_int8_\w+": r"IMMA\.16832\.S8\.S8",
@@ -126,9 +126,9 @@ def dynamic_shared_memory() -> dict[str, set[int]]:
                     gpu.run(packed, name, m, dtype)
         gpu.run(floats, "cuda.gemv", 1, torch.float32)
         int8 = dataclasses.replace(grouped, activation=element("e1m6"), dynamic=Dynamic())
-        for m, row in itertools.product((1, 16, 17, 64, 128), cuda_options.KERNELS):
-            if m <= 16 or "gemv" not in row.name:
-                gpu.run(integer, row.name, m)
+        for m, row in itertools.product((1, 16, 17, 64, 128), cuda_options.OPTIONS):
+            if m <= 16 or "gemv" not in row:
+                gpu.run(integer, f"cuda.{row}", m)
             gpu.run(int8, "cuda.gemv" if m <= 16 else "cuda.sm80", m)
         gpu.run(int8, "cuda.sm80", 1)
         for m, row in ((1, "gemv"), (16, "gemv"), (17, "sm80"), (64, "sm80"), (128, "sm80")):

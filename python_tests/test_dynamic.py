@@ -9,7 +9,7 @@ from cases import random_packed, random_x, same_bits
 from llmfp4_kernels import reference
 from llmfp4_kernels.backends import cpu, rounded
 from llmfp4_kernels.errors import BadInput
-from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, E8M0, INTEGER, Dynamic, element
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, E4M3FN, E8M0, INTEGER, Dynamic, element
 from llmfp4_kernels.layout import to_layout
 from llmfp4_kernels.packed import PackedFP4
 from llmfp4_kernels.problem import Problem
@@ -22,8 +22,8 @@ INTEGER_ACTIVATIONS = [
     (E1M2, Dynamic(24, INTEGER)), (E2M1, Dynamic()), (E1M2, Dynamic()), (E3M0, Dynamic()), (INT8, Dynamic()),
 ]  # fmt: skip
 FLOAT_ACTIVATIONS = [
-    (FP8, Dynamic()), (element("e5m2"), Dynamic()), (E2M1, Dynamic(16, E4M3)), (E2M1, Dynamic(32, E8M0)),
-    (FP8, Dynamic(32, E8M0)), (element("e3m2"), Dynamic()),
+    (FP8, Dynamic()), (E4M3FN, Dynamic()), (element("e5m2"), Dynamic()), (E2M1, Dynamic(16, E4M3)),
+    (E2M1, Dynamic(32, E8M0)), (FP8, Dynamic(32, E8M0)), (element("e3m2"), Dynamic()),
 ]  # fmt: skip
 
 

@@ -108,20 +108,33 @@ def check_groups(packed, x):
         assert ((y.double() - exact).abs() <= bound).all(), (name, len(x), n, k)
 
 
-def test_e4m3_activations():
+@pytest.mark.parametrize("activation", ["e4m3", "e4m3fn"])
+def test_fp8_activations(activation):
     if cuda.machine.capability(0) != cuda_sm90.CAPABILITY:
-        pytest.skip("products of E4M3 are wgmma's, this GPU is no sm_90")
+        pytest.skip("products of 8-bit floats are wgmma's, this GPU is no sm_90")
     for i, (m, n, k) in enumerate(SHAPES):
-        element_of_weight = list(FP4_ELEMENTS.values())[i % 3]
-        check_e4m3(random_packed(n, k, element_of_weight, element("e4m3")), random_x(m, k, DTYPES[i % 3]))
+        packed = random_packed(n, k, list(FP4_ELEMENTS.values())[i % 3], element(activation))
+        check_fp8(packed, random_x(m, k, DTYPES[i % 3]))
 
 
-def check_e4m3(packed, x):
-    from test_cuda_sm90 import e4m3_exact_and_bound
+def check_fp8(packed, x):
+    """Bounds that hold if Hopper cuts sums as test_ptx_fp8_sums.py has them."""
+    from test_cuda_fp8 import FAST, SM90, exact_and_bound
 
-    exact, bound = e4m3_exact_and_bound(packed, x)
-    for name, y in runs(packed, x, must={"cuda.sm90"}):
+    for name, y in runs(packed, x, must={SM90}):
+        exact, bound = exact_and_bound(packed, x, fast=name == FAST)
         assert ((y.double() - exact).abs() <= bound).all(), (name, list(x.shape), packed.shape)
+
+
+def test_the_tensor_core_keeps_14_bits_of_8_bit_floats():
+    """Sums go to fp32 every 128 inputs: 1 counts beside 2^18 that is taken away later. Within 128 it does not."""
+    from test_cuda_fp8 import FAST, SM90, cancelling
+
+    if cuda.machine.capability(0) != cuda_sm90.CAPABILITY:
+        pytest.skip("products of 8-bit floats are wgmma's, this GPU is no sm_90")
+    packed, x = cancelling()
+    found = dict(runs(packed, x, must={SM90, FAST}))
+    assert (found[SM90] == 128).all() and (found[FAST] == 0).all()
 
 
 def test_small_problems_of_every_kind():
@@ -137,7 +150,8 @@ def test_small_problems_of_every_kind():
         check_floats(m, torch.float16, random_packed(70, 328, E2M1, scale=E4M3, group_size=16), rows(m))
         check_groups(grouped(70, 330, E2M1, (E8M0, 32), (INT8, Dynamic())), wild_x(m, 330))
         if hopper:
-            check_e4m3(random_packed(70, 330, E2M1, element("e4m3")), random_x(m, 330, torch.bfloat16))
+            for activation in ("e4m3", "e4m3fn"):
+                check_fp8(random_packed(70, 330, E2M1, element(activation)), random_x(m, 330, torch.bfloat16))
 
 
 def test_block_scaled_products(monkeypatch):

@@ -66,7 +66,7 @@ def test_each_kind_of_test(gpu):
     test_gpu.test_shifts_of_floats_on_either_side(torch.bfloat16)
     test_gpu.test_groups_of_integers((E8M0, 32))
     if gpu.machine.capability(0) == (9, 0):
-        test_gpu.test_e4m3_activations()
+        test_gpu.test_fp8_activations("e4m3fn")
 
 
 def test_what_the_memory_checker_runs(gpu):
@@ -86,4 +86,4 @@ def test_a_row_that_does_not_run_is_missed(name, gpu, monkeypatch):
 def test_e4m3_is_skipped_without_hopper(gpu):
     if gpu.machine.capability(0) == (8, 0):
         with pytest.raises(pytest.skip.Exception, match="this GPU is no sm_90"):
-            test_gpu.test_e4m3_activations()
+            test_gpu.test_fp8_activations("e4m3fn")

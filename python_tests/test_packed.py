@@ -9,7 +9,7 @@ import torch
 
 from llmfp4_kernels import packed as packed_module
 from llmfp4_kernels.errors import BadFile, BadInput
-from llmfp4_kernels.formats import E2M1, E4M3, E8M0
+from llmfp4_kernels.formats import E2M1, E4M3, E4M3FN, E8M0, Dynamic
 from llmfp4_kernels.packed import PackedFP4, pack, unpack
 
 
@@ -25,6 +25,11 @@ def grouped(n=2, k=40) -> PackedFP4:
     return PackedFP4(codes, torch.ones(n), k, E2M1, group_scale=groups, scale=E8M0, group_size=32, recipe="mxfp4")
 
 
+def fp8(n=3, k=8) -> PackedFP4:
+    codes = torch.zeros(n, k // 2, dtype=torch.uint8)
+    return PackedFP4(codes, torch.ones(n), k, E2M1, activation=E4M3FN, dynamic=Dynamic())
+
+
 @pytest.mark.parametrize("k", [1, 2, 7, 16])
 def test_pack_layout(k):
     codes = torch.randint(0, 16, (3, k)).to(torch.uint8)
@@ -36,7 +41,7 @@ def test_pack_layout(k):
         assert (packed[:, -1] >> 4 == 0).all()
 
 
-@pytest.mark.parametrize("make", [w4a4, grouped])
+@pytest.mark.parametrize("make", [w4a4, grouped, fp8])
 def test_save_and_load(make, tmp_path):
     before = make()
     before.save(tmp_path / "deep" / "w.safetensors")

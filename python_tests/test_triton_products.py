@@ -15,7 +15,7 @@ from llmfp4_kernels import FP4Linear, reference, registry
 from llmfp4_kernels.backends import triton
 from llmfp4_kernels.backends.triton import configs, machine
 from llmfp4_kernels.errors import BadInput, NoKernel
-from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, E8M0, INTEGER, Dynamic
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, E4M3FN, E8M0, INTEGER, Dynamic
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 SHAPES = [(1, 1, 1), (3, 17, 65), (5, 33, 130), (33, 65, 70), (17, 100, 515)]
@@ -134,12 +134,13 @@ def test_factors_and_shifts_of_inputs():
     ("activation", "dynamic", "scale"),
     [
         (FP8, Dynamic(), (None, 0)),
+        (E4M3FN, Dynamic(), (E8M0, 32)),
         (FP8, Dynamic(32, E8M0), (E8M0, 32)),
         (E2M1, Dynamic(16, E4M3), (E4M3, 16)),
         (INT8, Dynamic(), (E4M3, 16)),
         (E2M1, Dynamic(16, INTEGER), (E4M3, 16)),
     ],
-    ids=["e4m3", "mxfp4-a8", "nvfp4-a4", "nvfp4-a8-int", "integer groups"],
+    ids=["e4m3", "mxfp4-a8-fp8", "mxfp4-a8", "nvfp4-a4", "nvfp4-a8-int", "integer groups"],
 )
 def test_activations_that_are_no_integers(activation, dynamic, scale):
     """They are rounded as the reference rounds, and multiplied as bf16, which holds them."""

@@ -27,7 +27,7 @@ GPU = torch.device("cuda")
 def gpu(monkeypatch, tmp_path):
     """A machine with an sm_90 that was never seen, and an empty cache folder."""
     monkeypatch.setenv(tuned.FOLDER, str(tmp_path / "cache"))
-    monkeypatch.setattr(machine.here, "capability", lambda: (9, 0), raising=False)
+    monkeypatch.setattr(machine.here, "capability", lambda index=None: (9, 0), raising=False)
     monkeypatch.setattr(machine.here, "multiprocessors", lambda device: 132, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU (SXM)")
     tuned._known.cache_clear()

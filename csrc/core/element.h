@@ -1,4 +1,4 @@
-// The 4-bit elements by formula; the same one as llmfp4_kernels/formats.py, compared for all codes in a test.
+// The elements by formula; the same one as llmfp4_kernels/formats.py, compared for all codes in a test.
 #pragma once
 #include <cstdint>
 
@@ -9,9 +9,10 @@
 
 namespace llmfp4 {
 
-// Sign, E exponent bits, M mantissa bits, no Inf, no NaN (LLM-FP4 eq. 9; OCP MX spec 1.0 for E2M1).
+// Sign, E exponent bits, M mantissa bits, no Inf (LLM-FP4 eq. 9; OCP MX spec 1.0 for E2M1); the largest `nan_codes`
+// magnitudes are NaN and none of those below.
 struct Element {
-    int exponent_bits, mantissa_bits, bias;
+    int exponent_bits, mantissa_bits, bias, nan_codes = 0;
 
     LLMFP4_CONSTEXPR int sign_code() const { return 1 << (exponent_bits + mantissa_bits); }
     LLMFP4_CONSTEXPR int max_shift() const { return (1 << exponent_bits) - 1; }
@@ -24,9 +25,11 @@ struct Element {
         const int magnitude = p == 0 ? f : ((1 << mantissa_bits) + f) << (p - 1);
         return code & sign_code() ? -magnitude : magnitude;
     }
-    LLMFP4_CONSTEXPR int max_integer() const { return integer(sign_code() - 1); }
+    LLMFP4_CONSTEXPR int max_integer() const { return integer(sign_code() - nan_codes - 1); }
     LLMFP4_CONSTEXPR float value(int code) const {
-        const float v = float(integer(code & (sign_code() - 1))) / float(integer_scale());
+        const int magnitude = code & (sign_code() - 1);
+        if (magnitude >= sign_code() - nan_codes) return __builtin_nanf("");
+        const float v = float(integer(magnitude)) / float(integer_scale());
         return code & sign_code() ? -v : v;
     }
 };

@@ -1,3 +1,4 @@
+#include "decode_fp8.h"
 #include "quantize.h"
 #include "split.h"
 
@@ -30,7 +31,10 @@ static void make_integers(const Weight& w, const Activations& a, const Plan& pla
              : w.scale_kind != ScaleKind::none ? Form::transposed
                                                : Form::integers;
     q.set_element(a.element);
-    if (a.fp8()) q.fp8 = true, q.integer_scale = fp8_part, q.unit = 1.0f / fp8_part;
+    if (a.fp8()) {
+        q.fp8 = true, q.integer_scale = fp8_part(a.element);
+        q.unit = 1.0f / q.integer_scale / float(1 << fp8_exponent(w.element, w.scale_kind));
+    }
     const int chunks = padded_k / chunk_k, whole_warps = (chunks + warp_size - 1) / warp_size * warp_size;
     const int threads = whole_warps < quantize_threads_limit ? whole_warps : quantize_threads_limit;
     start("quantize_activations", quantize_activations, call.m, 1, 1, threads, 0, false, call.queue, q);

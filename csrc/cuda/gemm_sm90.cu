@@ -39,14 +39,20 @@ struct KernelSm90 {
         static constexpr KernelSm90<Operand> at[] = {GEMM_ROWS(tag, Operand, grouped)}; \
     };
 
-GEMM_KERNELS(int8, Int8, false)
 // Operands of 16 bits and sums of 256 rows would not fit the registers, nor would those of 8-bit floats twice.
-GEMM_KERNEL(int8_256, Int8, false, 32)
-template <>
-struct KernelsSm90<Int8, false> {
-    static constexpr KernelSm90<Int8> at[] = {GEMM_ROWS(int8, Int8, false), GEMM_ROW(int8_256, Int8, false, 32)};
-};
+#define GEMM_WIDE(tag, Operand)                                                                \
+    GEMM_KERNELS(tag, Operand, false)                                                          \
+    GEMM_KERNEL(tag##_256, Operand, false, 32)                                                 \
+    template <>                                                                                \
+    struct KernelsSm90<Operand, false> {                                                       \
+        static constexpr KernelSm90<Operand> at[] = {GEMM_ROWS(tag, Operand, false),           \
+                                                     GEMM_ROW(tag##_256, Operand, false, 32)}; \
+    };
+
+GEMM_WIDE(int8, Int8)
+GEMM_WIDE(fp8_fast, FastFp8)
 GEMM(fp8, Fp8, false)
+GEMM(fp8_grouped, GroupedFp8, true)
 GEMM(f16, Halves<F16>, false)
 GEMM(bf16, Halves<Bf16>, false)
 GEMM(f16_grouped, Halves<F16>, true)
@@ -61,7 +67,7 @@ void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
     auto waves_of = [&](int kernel) { return (blocks_of(kernel) + multiprocessors - 1) / multiprocessors; };
     // The narrowest tile that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
     // leaves no more multiprocessors without work. By counting, not by measuring.
-    const bool widest = plan.exact && 2 * waves_of(3) <= waves_of(2);
+    const bool widest = (plan.exact || plan.fast_sums) && 2 * waves_of(3) <= waves_of(2);
     plan.kernel = plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
     const int rows = rows_of[plan.kernel], blocks = blocks_of(plan.kernel);
     plan.grid[0] = blocks / columns, plan.grid[1] = columns;
@@ -74,8 +80,11 @@ void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
 }
 
 void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
-    if (a.quantized() && w.scale_kind != ScaleKind::none)
-        throw std::invalid_argument("sm90 multiplies quantized activations by weights of one scale per row only");
+    const bool rows_alone = w.scale_kind == ScaleKind::none;
+    if (plan.fast_sums && !(a.fp8() && rows_alone))
+        throw std::invalid_argument("sm90-fast-sums multiplies 8-bit floats by weights of one scale per row only");
+    if (a.quantized() && !rows_alone && !(a.fp8() && w.scale_kind == ScaleKind::e8m0))
+        throw std::invalid_argument("sm90 multiplies these activations by weights of one scale per row only");
     make_operands(w, a, plan, call);
     auto launch = [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
@@ -84,7 +93,12 @@ void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Ca
         start(kernel.name, kernel.function, plan.grid[0], plan.grid[1], plan.grid[2], sm90_threads, kernel.shared, true,
               call.queue, p);
     };
-    if (a.fp8()) return launch(Type<Fp8>{}, Fp8::Table(w.element), std::false_type{});
+    if (a.fp8()) {
+        const Fp8::Table table(w.element, w.scale_kind);
+        if (plan.fast_sums) return launch(Type<FastFp8>{}, table, std::false_type{});
+        if (rows_alone) return launch(Type<Fp8>{}, table, std::false_type{});
+        return launch(Type<GroupedFp8>{}, table, std::true_type{});
+    }
     if (a.integer()) return launch(Type<Int8>{}, Int8::Table(w.element), std::false_type{});
     with_halves(w, a, call, launch);
 }

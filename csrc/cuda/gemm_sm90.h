@@ -60,6 +60,8 @@ template <class Operand>
 constexpr int units_of_a_sum = 0;
 template <>
 constexpr int units_of_a_sum<Fp8> = 2;
+template <>
+constexpr int units_of_a_sum<GroupedFp8> = 2;
 
 // total += acc, which is 0 then; the products that make acc have ended.
 template <int rows8, class Sum>

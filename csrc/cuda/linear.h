@@ -61,6 +61,7 @@ struct Plan {
     bool direct;       // x itself is the operand
     int blocked_rows;  // of operands in the order of blocks.h; 0: they are in row order
     Inputs inputs;
+    bool fast_sums;        // sums of 8-bit floats stay in the tensor core
     bool narrow;           // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
     uint32_t grid[3];      // of the product
     int splits, warps_n;   // blocks that share a sum over k; strips side by side in a block (gemv)
@@ -100,6 +101,7 @@ struct Family {
     void (*share)(const Weight&, int multiprocessors, Plan&);
     void (*run)(const Weight&, const Activations&, const Plan&, const Call&);
     Inputs inputs;
+    bool fast_sums = false;  // see Plan
 
     // Throws std::invalid_argument where weights cannot take the shift: backends/cuda_options.py refuses these before.
     void require_shift_on_weights(const Weight& w, const Activations& a, Dtype dtype) const {
@@ -114,7 +116,7 @@ struct Family {
     Plan plan(const Weight& w, const Activations& a, int m, Dtype dtype, int multiprocessors) const {
         if (inputs != Inputs::shifted) require_shift_on_weights(w, a, dtype);
         Plan plan{};
-        plan.inputs = inputs;
+        plan.inputs = inputs, plan.fast_sums = fast_sums;
         plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
         plan.rows = plan.planes * m;
         plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !a.integer());
@@ -139,6 +141,7 @@ inline const Family& family_named(const std::string& name) {
         {"sm80-packed", plan_gemm_sm80, gemm_sm80, Inputs::packed},
 #if LLMFP4_SM90
         {"sm90", plan_gemm_sm90, gemm_sm90, Inputs::shifted},
+        {"sm90-fast-sums", plan_gemm_sm90, gemm_sm90, Inputs::shifted, true},
 #endif
     };
     for (const Family& family : families)

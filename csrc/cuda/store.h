@@ -8,9 +8,9 @@ namespace llmfp4::cuda {
 
 constexpr int chunk_k = 16, quantize_threads_limit = 512, plane_limit = 64, plane_unit = 128;
 
-// E4M3 operands are halves: the element's largest value, 480, is a NaN in the tensor core's E4M3, 240 is not. What that
-// costs: of multiples of 2^-9 below 2^-5, odd ones become the even neighbour.
-constexpr float fp8_part = 0.5f;
+// The part of an E4M3 activation that is an operand: all of OCP's. Of LLM-FP4's half, for its largest value, 480, is a
+// NaN in the tensor core's E4M3, 240 is not; of multiples of 2^-9 below 2^-5, odd ones become the even neighbour.
+inline float fp8_part(Element e) { return e.nan_codes ? 1.0f : 0.5f; }
 
 enum class Form : int { integers, transposed, codes, blocked };
 

@@ -17,10 +17,6 @@ from ..problem import Kernel, Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _fields(element: Element) -> tuple[int, int, int]:
-    return element.exponent_bits, element.mantissa_bits, element.bias
-
-
 class Prepared:
     """Tiles, scales and bias of one weight, and the C++ object that holds their addresses."""
 
@@ -40,15 +36,15 @@ class Prepared:
         self._linear = native.module().Linear(
             n=self.n,
             k=self.k,
-            element=_fields(packed.element),
+            element=packed.element.fields,
             scale=packed.scale.name if packed.scale else "none",
             group_size=packed.group_size,
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
         if packed.activation and packed.dynamic:
-            self._linear.quantize_dynamically(_fields(packed.activation), packed.dynamic.group_size)
+            self._linear.quantize_dynamically(packed.activation.fields, packed.dynamic.group_size)
         elif packed.activation:
-            self._linear.quantize_activations(_fields(packed.activation), packed.x_scale.item())
+            self._linear.quantize_activations(packed.activation.fields, packed.x_scale.item())
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
         if not x.is_contiguous():

@@ -12,7 +12,7 @@ import torch
 
 from .. import native
 from ..errors import BadInput, NoKernel
-from ..formats import E8M0, Element
+from ..formats import E8M0
 from ..layout import to_layout
 from ..packed import PackedFP4
 from ..problem import Kernel, Problem
@@ -44,10 +44,6 @@ def _arrived(queue: Queue, count: int, device: torch.device) -> torch.Tensor | N
     if not machine.capturing():
         known.append(made)
     return made
-
-
-def _fields(element: Element) -> tuple[int, int, int]:
-    return element.exponent_bits, element.mantissa_bits, element.bias
 
 
 def relative_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +82,7 @@ class Prepared:
         self._linear = native.module().CudaLinear(
             n=self.n,
             k=self.k,
-            element=_fields(packed.element),
+            element=packed.element.fields,
             scale=packed.scale.name if packed.scale else "none",
             group_size=packed.group_size,
             **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
@@ -108,7 +104,7 @@ class Prepared:
     def _quantize_activations(self, packed: PackedFP4):
         given = {"shift": packed.shift, "x_factor": packed.x_factor}
         self._linear.quantize_activations(
-            _fields(packed.activation),
+            packed.activation.fields,
             0.0 if packed.dynamic else packed.x_scale.item(),
             packed.dynamic.group_size if packed.dynamic else 0,
             **{name: self._padded(name, tensor, 0) for name, tensor in given.items() if tensor is not None},
@@ -160,8 +156,8 @@ def _unusable(problem: Problem) -> str | None:
 
 def _refusal_of_machine_code(capability: tuple[int, int]) -> str | None:
     built = native.module().cuda_architectures
-    # What is built for 90a is cuda.sm90 alone.
-    if any(runs_on(architecture, capability) for architecture in built if not architecture.startswith("90a")):
+    # What is built for 90a and 120a is cuda.sm90 and cuda.sm120 alone.
+    if any(runs_on(architecture, capability) for architecture in built if not architecture.startswith(("90a", "120a"))):
         return None
     number = "".join(map(str, capability))
     return (
@@ -179,7 +175,8 @@ def refusal(name: str, problem: Problem) -> str | None:
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
     fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
-    why = None if fp8 else _refusal_of_integers(problem) if problem.activation else _refusal_of_groups(problem)
+    integers = problem.activation and not fp8
+    why = _refusal_of_integers(problem) if integers else _refusal_of_groups(problem)
     if why:
         return why
     rows = problem.m * planes(problem)

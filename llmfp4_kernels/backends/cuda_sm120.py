@@ -23,6 +23,7 @@ from ..layout import CHUNK_STRIPS, to_layout
 from ..packed import PackedFP4, pack, unpack
 from ..problem import FORCE, Kernel, Problem
 from . import cuda
+from .gpu import sm
 
 NAME = "cuda.sm120"
 CAPABILITY = (12, 0)
@@ -70,9 +71,9 @@ def refusal(problem: Problem) -> str | None:
     unusable = cuda._unusable(problem)
     if unusable:
         return unusable
-    capability = cuda.machine.capability()
+    capability = cuda.machine.capability(problem.device_index)
     if capability != CAPABILITY:
-        return f"this GPU is sm_{capability[0]}{capability[1]}, the FP4 products are those of sm_120 (Blackwell)"
+        return f"this GPU is {sm(capability)}, the FP4 products are those of sm_120 (Blackwell)"
     built = native.module().cuda_architectures
     if not any(architecture.startswith("120a") for architecture in built):
         return f"the native module was built for {', '.join(built)}, without 120a-real"

@@ -113,21 +113,35 @@ static void load_registers(WarpGroup& g, int k, Type type, Decode decode, V* out
             }
 }
 
-// What is left of a sum. Of 8-bit floats Hopper keeps about 14 bits from product to product (measured by others:
-// DeepSeek-V3, section 3.3); here 14 after each instruction.
-static s32 kept(s32 sum, Type) { return sum; }
-static float kept(float sum, Type type) {
-    if (type != E4M3 && type != E5M2) return sum;
-    u32 word;
-    memcpy(&word, &sum, 4);
-    word &= ~0x3ffu;
-    memcpy(&sum, &word, 4);
+template <class V>
+static V added(V sum, const V* a, const V* b, int k, int sign) {
+    for (int x = 0; x < k; x++) sum += V(sign) * a[x] * b[x];
     return sum;
 }
 
-template <class V, class Decode>
-static void multiply(Thread& T, WarpGroup& g, int n, int k, Type ta, Type tb, Decode decode, int sign, int major_a,
-                     int major_b) {
+static int exponent_of(float f) { return int(of_f32(f) >> 23 & 255) - 127; }
+
+// Sums of 8-bit floats, as MMA-Sim (arXiv 2511.10909) has found Hopper's: products and the sum before them are aligned
+// to the largest exponent (a product's is its operands' together), cut toward zero 13 bits below it and added; their
+// sum is cut 13 bits below its leading one.
+static float added_in_14_bits(float sum, const float* a, const float* b, int k, int sign) {
+    int largest = sum == 0 ? -1000 : exponent_of(sum);
+    for (int x = 0; x < k; x++) {
+        if (!std::isfinite(a[x] * b[x])) return added(sum, a, b, k, sign);
+        if (a[x] != 0 && b[x] != 0) largest = std::max(largest, exponent_of(a[x]) + exponent_of(b[x]));
+    }
+    if (largest == -1000 || !std::isfinite(sum)) return sum;
+    const double steps = f64(u64(1023 + 13 - largest) << 52);
+    s64 total = s64(double(sum) * steps);
+    for (int x = 0; x < k; x++) total += s64(double(a[x] * b[x]) * steps) * sign;
+    double cut = 1;
+    for (; std::abs(total) >= 1 << 14; cut *= 2) total /= 2;
+    return float(double(total) * cut / steps);
+}
+
+template <class V, class Decode, class AddUp>
+static void multiply(Thread& T, WarpGroup& g, int n, int k, Type ta, Type tb, Decode decode, AddUp add_up, int sign,
+                     int major_a, int major_b) {
     static V a[64 * 64], b[256 * 64];
     WgmmaArg* first = (WgmmaArg*)g.arg[0];
     for (void* p : g.arg) {
@@ -144,8 +158,7 @@ static void multiply(Thread& T, WarpGroup& g, int n, int k, Type ta, Type tb, De
             u32* d = ((WgmmaArg*)g.arg[q])->d[i];
             V sum = 0;
             if (first->accumulate) memcpy(&sum, d, 4);
-            for (int x = 0; x < k; x++) sum += V(sign) * a[row * k + x] * b[column * k + x];
-            sum = kept(sum, ta);
+            sum = add_up(sum, a + row * k, b + column * k, k, sign);
             memcpy(d, &sum, 4);
         }
 }
@@ -155,9 +168,10 @@ void wgmma(Thread& T, int n, int k, Type ta, Type tb, bool integer, u32** d, con
     WgmmaArg mine{&T, d, a, desc_a, desc_b, accumulate};
     warpgroup(T, &mine, [&](WarpGroup& g) {
         if (integer)
-            multiply<s32>(T, g, n, k, ta, tb, decode_int, 1, major_a, major_b);
+            multiply<s32>(T, g, n, k, ta, tb, decode_int, added<s32>, 1, major_a, major_b);
         else
-            multiply<float>(T, g, n, k, ta, tb, decode_float, sign_a * sign_b, major_a, major_b);
+            multiply<float>(T, g, n, k, ta, tb, decode_float, bits(ta) == 8 ? added_in_14_bits : added<float>,
+                            sign_a * sign_b, major_a, major_b);
     });
 }
 

@@ -139,7 +139,7 @@ def read(path: Path, here: Conditions) -> list[Row]:
         raise BadFile(f"{path} has no list of rows")
     rows = [_record(Row, row, path) for row in content["rows"]]
     for row in rows:
-        _check(row, machine.here.capability(), path)
+        _check(row, machine.here.capability(None), path)
     return rows
 
 
