@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
 MINUTES = 8
 """That all of it may take."""
+MODEL_SECONDS = 75
+"""After which llama.py builds no further model."""
 STARTED = time.perf_counter()
 
 
@@ -101,6 +103,10 @@ def main() -> None:
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
+        if importlib.util.find_spec("transformers") is None:
+            say("left out: a whole model, for there is no transformers")
+        else:
+            run(sys.executable, "benchmarks/llama.py", "--limit", MODEL_SECONDS, env=environment)
         left = max(MINUTES * 60 - elapsed() - 30, 60)  # 30 s: what is running then, and the pictures
         run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), env=environment)
     say("done")
