@@ -71,7 +71,7 @@ def explain(args) -> dict:
     import torch
 
     from .problem import Problem
-    from .registry import FORCE
+    from .registry import FORCE, epilogue_of
     from .registry import explain as walk
 
     recipe = formats.recipe(args.recipe)
@@ -88,6 +88,7 @@ def explain(args) -> dict:
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
         "forced": forced or None, "runs": willing[0] if willing else None,
+        "epilogue": epilogue_of(willing[0]) if willing else None,
     }  # fmt: skip
 
 
@@ -100,6 +101,8 @@ def show_explain(result: dict) -> str:
     for step in result["walk"]:
         verdict = step["refusal"] or ("runs" if step["kernel"] == result["runs"] else "would run too")
         lines.append(f"  {step['kernel']:16} {verdict}")
+    if result["runs"]:
+        lines.append(f"a residual and SwiGLU are {result['epilogue']} with {result['runs']}")
     if result["forced"]:
         lines.append(f"LLMFP4_KERNEL forces {result['forced']}")
     return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])

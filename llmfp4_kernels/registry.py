@@ -22,6 +22,11 @@ def explain(problem: Problem) -> list[tuple[str, str | None]]:
     return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
 
 
+def epilogue_of(kernel: str) -> str:
+    """Where a residual and SwiGLU follow a kernel's sums: "fused" into it, or "composed" from its fp32 product."""
+    return "fused" if {row.name: row for row in table()}[kernel].fuses_epilogue else "composed"
+
+
 def layout_for(problem: Problem) -> str:
     """The layout that the kernel of a problem reads; where the forced kernel refuses, the first one's that does not.
 

@@ -51,4 +51,6 @@ def _refusal_of_floats(problem: Problem) -> str | None:
     return "moves the shift of inputs, these have another factor, too" if problem.x_factor else None
 
 
-KERNELS = tuple(Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), cuda.Prepared) for name in OPTIONS)
+KERNELS = tuple(
+    Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), cuda.Prepared, True) for name in OPTIONS
+)
