@@ -9,7 +9,7 @@ import torch
 from ours import SUMS
 from torch import nn
 
-from llmfp4_kernels import FP4Linear, reference
+from llmfp4_kernels import FP4Linear, epilogue, reference
 from llmfp4_kernels.errors import NoKernel
 
 ROWS = 32
@@ -27,12 +27,13 @@ Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def fp4_judge(layer: FP4Linear) -> Judge:
-    """Of integer products the bits, of others the float64 product and the bound of their sums."""
-    packed = layer.packed()
+    """Of integer products the bits, of others the float64 product and the bound of their sums; gated or not."""
+    packed, gated = layer.packed(), layer.gated
 
     def judge(x: torch.Tensor):
         if packed.integer:
-            return reference.gemm(x, packed).to(x.dtype), x.new_zeros((), dtype=torch.float64)
+            y = epilogue.finish(reference.gemm(x.float(), packed), None, gated, x.dtype)
+            return y, x.new_zeros((), dtype=torch.float64)
         rounded, weight = reference.round_activation(x, packed, torch.float64), reference.stored_weight(packed)
         exact, sums = rounded @ weight.T, SUMS
         bound = 0.0
@@ -42,10 +43,20 @@ def fp4_judge(layer: FP4Linear) -> Judge:
             x_scale = reference.activation_scales(x, packed).x_scale.double()
             lost = 2**-9 * x_scale * (rounded.abs() < 2**-5 * x_scale)  # see backends/cuda_sm90.py
             sums, bound = FP8_SUMS, lost @ weight.abs().T
-        bound = bound + sums * (rounded.abs() @ weight.abs().T) + RESULT[x.dtype] * exact.abs()
-        return exact, bound
+        bound = bound + sums * (rounded.abs() @ weight.abs().T)
+        if gated:
+            exact, bound = _gated(exact, bound)
+        return exact, bound + RESULT[x.dtype] * exact.abs()
 
     return judge
+
+
+def _gated(y: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) · up and how far off it may be; silu has a slope of at most 1.1, and 8 units of fp32 of its own."""
+    (gate, up), (off_gate, off_up) = epilogue.gate_and_up(y), epilogue.gate_and_up(bound)
+    silu = torch.nn.functional.silu(gate)
+    product = silu * up
+    return product, 1.1 * off_gate * (up.abs() + off_up) + silu.abs() * off_up + 2**-20 * product.abs()
 
 
 def dense_judge(weight: torch.Tensor, relative: float) -> Judge:

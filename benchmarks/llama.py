@@ -19,7 +19,7 @@ import arguments
 import torch
 from bench import ratio_quartiles
 from judge import dequantized, judged_layers, require_logits
-from llama_models import BASE, INT4, Entrant, bf16_entrant, fp4_entrant, int4_entrant, largest_inputs
+from llama_models import BASE, FUSED, INT4, Entrant, bf16_entrant, fp4_entrant, int4_entrant, largest_inputs
 from llama_table import line, table
 from machine import ROOT
 from result_file import lines_of, recorder
@@ -33,7 +33,15 @@ SHAPES = {
     "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                      num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False),
 }  # fmt: skip
-RECIPES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "minmax-w4a8", "llm-fp4-a16")
+SCHEMES = (
+    "llm-fp4",
+    f"llm-fp4+{FUSED}",
+    "gptq-fp4-a4",
+    "gptq-fp4-a8",
+    "minmax-w4a8",
+    "llm-fp4-a16",
+    f"llm-fp4-a16+{FUSED}",
+)
 """W4A4 static and dynamic, W4A8 in INT8 and E4M3, W4A16."""
 RESULTS = ROOT / "benchmarks" / "results" / "llama.jsonl"
 
@@ -112,7 +120,7 @@ def prepared(options, shape: dict, device: str, out_of_time, failures: list[str]
     ids = (torch.arange(options.prefill, device=device) * 37 % shape["vocab_size"])[None]
     entered, largest = [], {}
     builders = {BASE: lambda: bf16_entrant(shape, device), INT4: lambda: int4_entrant(shape, device)}
-    builders |= {recipe: functools.partial(fp4_entrant, recipe, shape, device, largest) for recipe in options.recipes}
+    builders |= {scheme: functools.partial(fp4_entrant, scheme, shape, device, largest) for scheme in options.schemes}
     for name, build in builders.items():
         if out_of_time():
             print(f"{name} is left out: {options.limit} s have passed", flush=True)
@@ -123,7 +131,7 @@ def prepared(options, shape: dict, device: str, out_of_time, failures: list[str]
             if name == BASE:
                 largest |= largest_inputs(entrant.model, ids)
             entered.append((entrant, ready(entrant, options, ids, memory)))
-        except (NoKernel, BadInput) as error:
+        except (BadInput, RuntimeError) as error:  # NoKernel is one, and so is memory that does not suffice
             failures.append(f"{name} is left out: {error}")
             print(failures[-1], flush=True)
     return entered
@@ -146,10 +154,18 @@ def measure(entered: list[tuple[Entrant, dict]], rounds: int) -> list[dict]:
     return rows
 
 
+def scheme(text: str) -> str:
+    """RECIPE or RECIPE+FUSED."""
+    recipe, separator, fused = text.partition("+")
+    if separator and fused != FUSED:
+        raise argparse.ArgumentTypeError(f"{text!r} ends in no +{FUSED}")
+    return arguments.recipe(recipe) + separator + fused
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--recipes", type=arguments.recipe, nargs="*", default=RECIPES)
+    parser.add_argument("--schemes", type=scheme, nargs="*", default=SCHEMES, metavar=f"RECIPE[+{FUSED}]")
     parser.add_argument("--layers", type=arguments.count, help="fewer than the model has; every row says so")
     parser.add_argument("--prefill", type=arguments.count, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=arguments.count, default=64, help="tokens after it")

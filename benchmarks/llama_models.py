@@ -13,14 +13,14 @@ from judge import Judge, dense_judge, fp4_judge
 from rivals import GROUP, Int4Linear, dequantize_int4, quantize_int4
 from torch import nn
 
-from llmfp4_kernels import FP4Linear
+from llmfp4_kernels import FP4Linear, fuse_gated_mlps
 from llmfp4_kernels.formats import recipe as recipe_named
 from llmfp4_kernels.packed import PackedFP4
 from llmfp4_kernels.quantizer.gptq import smoothing_factor
 from llmfp4_kernels.quantizer.linear import quantize_linear
 from llmfp4_kernels.quantizer.scales import scale_of_largest
 
-BASE, INT4 = "bf16", f"torch int4 g{GROUP}"
+BASE, INT4, FUSED = "bf16", f"torch int4 g{GROUP}", "fused"
 INT4_ROUNDING = 2**-7
 """Of Σ|x||w|: weights, results and parts of sums in bf16."""
 
@@ -112,7 +112,9 @@ def int4_entrant(shape: dict, device) -> Entrant:
     return Entrant(INT4, random_model(shape, linear, device), judges)
 
 
-def fp4_entrant(recipe: str, shape: dict, device, largest: dict[str, torch.Tensor]) -> Entrant:
+def fp4_entrant(scheme: str, shape: dict, device, largest: dict[str, torch.Tensor]) -> Entrant:
+    """scheme: a recipe, or recipe+FUSED, whose MLPs multiply by gate and up at once (fuse_gated_mlps)."""
+    recipe, _, fused = scheme.partition("+")
     judges = {}
 
     def linear(name, n, k):
@@ -120,7 +122,11 @@ def fp4_entrant(recipe: str, shape: dict, device, largest: dict[str, torch.Tenso
         judges[name] = functools.partial(fp4_judge, layer)
         return layer
 
-    return Entrant(recipe, random_model(shape, linear, device), judges)
+    model = random_model(shape, linear, device)
+    for name in fuse_gated_mlps(model) if fused else ():
+        del judges[f"{name}.gate_proj"], judges[f"{name}.up_proj"]
+        judges[f"{name}.gate_up_proj"] = functools.partial(fp4_judge, model.get_submodule(name).gate_up_proj)
+    return Entrant(scheme, model, judges)
 
 
 def largest_inputs(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def run(out: Path, *arguments: str) -> list[dict]:
 
 def test_every_row_says_what_was_measured(tmp_path):
     rows = run(tmp_path / "llama.jsonl")
-    assert [row["name"] for row in rows] == [llama.BASE, llama.INT4, *llama.RECIPES]
+    assert [row["name"] for row in rows] == [llama.BASE, llama.INT4, *llama.SCHEMES]
     for row in rows:
         assert not row["graphs"] and row["device"] == "cpu" and row["most_bytes"] is None and "commit" in row
         assert row["prefill_tokens"] == 17 and row["decode_tokens"] == 3 and "cpu" in row["machine"]
@@ -55,7 +56,7 @@ def test_nothing_is_built_after_the_limit(tmp_path, capsys):
 
 
 def test_fewer_layers_are_named(tmp_path):
-    rows = run(tmp_path / "llama.jsonl", "--layers", "1", "--recipes", "llm-fp4")
+    rows = run(tmp_path / "llama.jsonl", "--layers", "1", "--schemes", "llm-fp4")
     assert {llama_table.named(row) for row in rows} == {"tiny, 1 of 2 layers"}
     assert "1 of 2 layers" in (tmp_path / "llama.md").read_text()
 
@@ -106,19 +107,26 @@ def test_steps_ask_the_host_nothing():
             session.token.item()
 
 
-@pytest.mark.parametrize("recipe", ["llm-fp4", "gptq-fp4-a4", "minmax-w4a8", "llm-fp4-a16"])
-def test_a_wrong_layer_is_not_timed(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "scheme", ["llm-fp4", "gptq-fp4-a4", "minmax-w4a8", "llm-fp4-a16", "llm-fp4+fused", "llm-fp4-a16+fused"]
+)
+def test_a_wrong_layer_is_not_timed(scheme, tmp_path, monkeypatch, capsys):
+    wrong = "gate_up_proj" if "+" in scheme else "up_proj"
+
     def spoiled(*arguments):
         entrant = llama_models.fp4_entrant(*arguments)
-        layer = entrant.model.model.layers[1].mlp.up_proj
+        name = f"model.layers.1.mlp.{wrong}"
+        layer = entrant.model.get_submodule(name)
         right = judge.fp4_judge(copy.deepcopy(layer))
-        entrant.judges["model.layers.1.mlp.up_proj"] = lambda: right
+        entrant.judges[name] = lambda: right
         layer.codes.view(-1)[5] ^= 0x11
         return entrant
 
     monkeypatch.setattr(llama, "fp4_entrant", spoiled)
-    with pytest.raises(SystemExit, match=f"{recipe} is left out: refusing to time it: model.layers.1.mlp.up_proj is"):
-        run(tmp_path / "llama.jsonl", "--recipes", recipe)
+    with pytest.raises(
+        SystemExit, match=re.escape(f"{scheme} is left out: refusing to time it: model.layers.1.mlp.{wrong}")
+    ):
+        run(tmp_path / "llama.jsonl", "--schemes", scheme)
     assert [json.loads(line)["name"] for line in (tmp_path / "llama.jsonl").read_text().splitlines()] == [
         llama.BASE, llama.INT4]  # fmt: skip
 
