@@ -23,12 +23,14 @@ MINUTES = 8
 """That all of it may take."""
 TUNING, TUNED_TOKENS = 60, ("1", "16", "64")
 """Seconds for Triton's tiles, where five times as many are left."""
+MODEL_SECONDS = 75
+"""After which llama.py builds no further model."""
 STARTED = time.perf_counter()
 TESTS, CHECKER, VECTORS = 120, 90, 60
 """Seconds that one file of tests, the memory checker and the instruction forms may take."""
 BENCHMARKS, LAST = 90, 30
 """Seconds that the benchmarks have at least, and that they take for the last product and the pictures."""
-WRITTEN = ("benchmarks/results/gpu*", "python_tests/vectors/gpu*")
+WRITTEN = ("benchmarks/results/gpu*", "benchmarks/results/llama*", "python_tests/vectors/gpu*")
 failures: list[str] = []
 
 
@@ -140,6 +142,11 @@ def main() -> None:
         say("left out: the benchmarks")
     else:
         tune(environment)
+        if importlib.util.find_spec("transformers") is None:
+            say("left out: a whole model, for there is no transformers")
+        else:
+            command = ("benchmarks/llama.py", "--limit", MODEL_SECONDS)
+            run(sys.executable, *command, limit=left_of(MODEL_SECONDS + LAST), env=environment)
         left = max(MINUTES * 60 - LAST - elapsed(), BENCHMARKS)
         run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), limit=left + 2 * LAST, env=environment)
     if arguments.copy_to:

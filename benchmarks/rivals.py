@@ -1,4 +1,4 @@
-"""What FP4 is timed against on the CPU: copies of the model in fp32 and bf16, and torch's INT4 weight-only kernel."""
+"""What FP4 models are timed against: copies in fp32 and bf16, and torch's INT4 weight-only kernels, CPU's and GPU's."""
 
 from __future__ import annotations
 
@@ -32,9 +32,18 @@ def dequantize_int4(codes: torch.Tensor, scales: torch.Tensor, group: int) -> to
     return (codes - 8) * scale + zero
 
 
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Codes int32 [n, k] as torch's product on their device reads them."""
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
+
+
 def int4_mm(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
     """torch's INT4 weight-only product: x bfloat16 [m, k] → bfloat16 [m, n]."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales)
+    on_cpu = x.device.type == "cpu"
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+    return product(x, packed, group, scales)
 
 
 def check_int4(weight: torch.Tensor, group: int = GROUP, kernel: Callable = int4_mm) -> None:
@@ -43,7 +52,7 @@ def check_int4(weight: torch.Tensor, group: int = GROUP, kernel: Callable = int4
     Weights are rounded to bfloat16 on the way (2^-9 of each) and so is y (2^-9): 2^-8 of Σ|x||w| bounds both.
     """
     codes, scales = quantize_int4(weight, group)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = pack_int4(codes)
     dense = dequantize_int4(codes, scales, group)
     for m in (1, 33):
         x = torch.randn(m, weight.shape[1], generator=torch.Generator().manual_seed(m)).bfloat16()
@@ -55,7 +64,7 @@ def check_int4(weight: torch.Tensor, group: int = GROUP, kernel: Callable = int4
 
 
 class Int4Linear(nn.Module):
-    """A linear layer on torch's INT4 weight-only CPU kernel, bfloat16 activations, one scale and zero per group."""
+    """A linear layer on torch's INT4 weight-only kernel, bfloat16 activations, one scale and zero per group."""
 
     def __init__(self, linear: nn.Linear, group: int = GROUP):
         super().__init__()
@@ -64,7 +73,7 @@ class Int4Linear(nn.Module):
             shape = f"n = {linear.out_features}, k = {linear.in_features}"
             raise BadInput(f"torch's INT4 kernel needs n in 16s and k in {group}s, got {shape}")
         codes, scales = quantize_int4(linear.weight.detach(), group)
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.register_buffer("packed", pack_int4(codes))
         self.register_buffer("scales", scales)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
 

@@ -10,7 +10,7 @@ import rivals_packages
 import torch
 from bench import Contender, copies_for
 from operands import GROUP, INT8_ROUNDING, TOKEN, Product, Weight, needs, per_block
-from rivals import dequantize_int4, quantize_int4
+from rivals import dequantize_int4, int4_mm, pack_int4, quantize_int4
 
 from llmfp4_kernels.errors import BadInput, NoKernel
 
@@ -42,12 +42,11 @@ def int4(weight: Weight, warm: bool = False) -> Contender:
     _require_gpu(name)
     needs(name, weight, 8, 128)
     codes, scales = quantize_int4(weight.probe, GROUP)
-    bytes = weight.repeat((codes[:, ::2] << 4 | codes[:, 1::2]).to("cuda", torch.uint8))
-    packed = torch.ops.aten._convert_weight_to_int4pack(bytes, 8)
+    packed = pack_int4(weight.repeat(codes.cuda()))
     all_scales = weight.repeat(scales.transpose(0, 1).cuda()).transpose(0, 1).contiguous()
     size = weight.n * weight.k // 2 + all_scales.numel() * 2
     copies = [(packed.clone(), all_scales.clone()) for _ in range(copies_on_gpu(size, warm))]
-    calls = [lambda x, p=p, s=s: torch.ops.aten._weight_int4pack_mm(x, p, GROUP, s) for p, s in copies]
+    calls = [lambda x, p=p, s=s: int4_mm(x, p, GROUP, s) for p, s in copies]
     check = Product(name, weight, dequantize_int4(codes, scales, GROUP), ROUNDING)
     return Contender(name, calls, check, torch.bfloat16, size, "bf16", device="cuda")
 

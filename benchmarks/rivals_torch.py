@@ -7,7 +7,7 @@ import functools
 import torch
 from bench import Contender, copies_for
 from operands import GROUP, INT8_ROUNDING, TOKEN, Product, Weight, needs, per_block
-from rivals import dequantize_int4, int4_mm, quantize_int4
+from rivals import dequantize_int4, int4_mm, pack_int4, quantize_int4
 
 
 def dense(weight: Weight, dtype: str, warm: bool = False) -> Contender:
@@ -30,7 +30,7 @@ def torch_int4(weight: Weight, warm: bool = False) -> Contender:
     codes, scales = quantize_int4(weight.probe, GROUP)
     all_scales = weight.repeat(scales.transpose(0, 1)).transpose(0, 1).contiguous()
     size = weight.n * weight.k // 2 + all_scales.numel() * 2
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.repeat(codes), 1)
+    packed = pack_int4(weight.repeat(codes))
     copies = [(packed.clone(), all_scales.clone()) for _ in range(copies_for(size, warm))]
     calls = [lambda x, p=p, s=s: int4_mm(x, p, GROUP, s) for p, s in copies]
     check = Product(name, weight, dequantize_int4(codes, scales, GROUP), 2**-7)

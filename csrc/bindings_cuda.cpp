@@ -43,11 +43,17 @@ public:
         return cuda::family_named(kernel).plan(w_, a_, m, cuda::Dtype(dtype), multiprocessors);
     }
 
-    // x [m, k] → y [m, n], both contiguous and of dtype 0 (fp32), 1 (bf16) or 2 (fp16).
+    // x [m, k] → y [m, n] or, gated, [m, n / 2]; residual as y, or 0. Contiguous, of dtype 0 (fp32), 1 (bf16) or 2
+    // (fp16).
     void run(const std::string& kernel, const cuda::Plan& plan, uintptr_t x, uintptr_t y, int m, int dtype,
-             uintptr_t workspace, uintptr_t arrived, int device, bool overlap, uintptr_t stream) const {
+             uintptr_t workspace, uintptr_t arrived, int device, bool overlap, uintptr_t stream, uintptr_t residual,
+             bool gated) const {
+        if (gated && w_.n % 16)
+            throw std::invalid_argument("gates and ups come in eights, n is " + std::to_string(w_.n));
         const cuda::Call call{pointer<void>(x),
                               pointer<void>(y),
+                              pointer<void>(residual),
+                              gated,
                               m,
                               cuda::Dtype(dtype),
                               pointer<char>(workspace),
@@ -55,6 +61,7 @@ public:
                               {device, overlap, pointer<void>(stream)}};
         cuda::require_aligned("activations", call.x, plan.direct ? 16 : dtype == 0 ? 4 : 2);
         cuda::require_aligned("outputs", call.y, dtype == 0 ? 4 : 2);
+        cuda::require_aligned("residuals", call.residual, dtype == 0 ? 4 : 2);
         cuda::require_aligned("workspace bytes", call.workspace, 16);
         py::gil_scoped_release release;
         cuda::family_named(kernel).run(w_, a_, plan, call);

@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 # Where each public name lives; loaded on first use, so that the import is silent and quick.
 _HOMES = {
     "FP4Embedding": "embedding",
+    "FP4GatedLinear": "gated",
     "FP4Linear": "nn",
     "PackedFP4": "packed",
     "Problem": "problem",
     "choose": "registry",
     "explain": "registry",
     "fp4_cache": "integrations.cache",
+    "fuse_gated_mlps": "gated",
     "load_dense": "integrations.transformers",
     "load_quantized": "integrations.transformers",
     "quantize_attention": "integrations.attention_search",

@@ -73,7 +73,7 @@ def explain(args) -> dict:
 
     from .backends import triton
     from .problem import Problem
-    from .registry import allowed, forced
+    from .registry import allowed, epilogue_of, forced
     from .registry import explain as walk
 
     recipe = formats.recipe(args.recipe)
@@ -92,6 +92,7 @@ def explain(args) -> dict:
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
         "forced": name, "runs": runs, "tile": tile and dataclasses.asdict(tile),
+        "epilogue": epilogue_of(runs) if runs else None,
     }  # fmt: skip
 
 
@@ -107,6 +108,8 @@ def show_explain(result: dict) -> str:
     if result["tile"]:
         sizes = ", ".join(f"{name} {value}" for name, value in result["tile"]["config"].items())
         lines.append(f"tile {result['tile']['source']} ({sizes})")
+    if result["runs"]:
+        lines.append(f"a residual and SwiGLU are {result['epilogue']} with {result['runs']}")
     if result["forced"]:
         lines.append(f"LLMFP4_KERNEL forces {result['forced']}")
     return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])

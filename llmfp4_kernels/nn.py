@@ -169,8 +169,11 @@ class FP4Linear(FP4Module, nn.Linear):
     """y [..., out_features] = x [..., in_features] times a packed FP4 weight, plus bias.
 
     A fresh layer has codes and scales of zero. Weights are frozen; the gradient with respect to x is that of the
-    dequantized weight.
+    dequantized weight. layer(x, residual) adds a residual of y's shape and dtype before the one rounding to it, inside
+    of the kernel or after its product (ops.linear; Kernel.fuses_epilogue says which).
     """
+
+    gated = False
 
     def __init__(
         self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe: str | Recipe = "llm-fp4"
@@ -247,17 +250,23 @@ class FP4Linear(FP4Module, nn.Linear):
         """Name of the kernel that runs for m rows."""
         return self.multiplier().choose(m, dtype)[0].name
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         compiling, bias = torch.compiler.is_compiling(), self._parameters.get("bias")
+        trained = bias is not None and bias.requires_grad
+        inside = None if trained else residual
         if (compiling or torch._C._is_any_autocast_enabled()) and not x.is_meta:
             kind = x.device.type
             x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        if compiling or needs_dispatcher(x, self._parameters["codes"]):
+        codes = self._parameters["codes"]
+        if compiling or needs_dispatcher(x, codes) or (residual is not None and needs_dispatcher(residual, codes)):
             *tensors, spec = self.op_arguments()
-            y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec)
+            y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec, inside, self.gated)
         else:
-            y = self.multiplier()(x)
-        return y if bias is None or not bias.requires_grad else y + bias.to(y.dtype)
+            y = self.multiplier()(x, inside, self.gated)
+        if not trained:
+            return y
+        y = y + bias.to(y.dtype)
+        return y if residual is None else y + residual
 
     def reset_parameters(self):
         """Nothing to initialise: a fresh layer is all zeros until a checkpoint or a PackedFP4 fills it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import registry
+from . import epilogue, registry
 from .errors import BadInput
 from .layout import to_layout
 from .packed import PackedFP4
@@ -97,16 +97,23 @@ class Multiplier:
             choice = self.choices[m, dtype] = (kernel, prepared)
         return choice
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] → y [..., n], dtype of x."""
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
+        """x [..., k] → y [..., n] or, gated, [..., n/2], dtype of x; `linear` says what it holds."""
         n, k = self.packed.shape
         if x.ndim == 0 or x.shape[-1] != k or not x.is_floating_point():
             raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
+        epilogue.require_epilogue(x, n, residual, gated)
         m = x.numel() // k
         if m == 0:
-            return x.new_empty(*x.shape[:-1], n)
+            return x.new_empty(*x.shape[:-1], n // 2 if gated else n)
         kernel, prepared = self.choose(m, x.dtype)
-        return prepared.run(kernel, x)
+        if residual is None and not gated:
+            return prepared.run(kernel, x)
+        if kernel.fuses_epilogue:
+            return prepared.run(kernel, x, residual, gated)
+        wide = torch.promote_types(x.dtype, torch.float32)  # what follows the product is not to round twice
+        kernel, prepared = self.choose(m, wide)
+        return epilogue.finish(prepared.run(kernel, x.to(wide)), residual, gated, x.dtype)
 
 
 class CurrentMultiplier:
@@ -164,14 +171,20 @@ def linear(
     x_factor: torch.Tensor | None,
     bias: torch.Tensor | None,
     spec: str,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """Y [..., n] = X [..., k] times a packed weight (`spec` as PackedFP4.spec) plus bias [n]; dtype of X."""
-    return _multiplier(codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec)(x)
+    """Y [..., n] = X [..., k] times a packed weight (`spec` as PackedFP4.spec) plus bias [n]; dtype of X.
+
+    gated: the weight's rows are eight gates, then their eight ups, and so on; Y [..., n/2] = silu(gate) · up. residual,
+    of Y's shape and dtype, is added. All of it in fp32, rounded once to the dtype of X.
+    """
+    return _multiplier(codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec)(x, residual, gated)
 
 
 @linear.register_fake
-def _(x, codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec):
-    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+def _(x, codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec, residual=None, gated=False):
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0] // 2 if gated else row_scale.shape[0])
 
 
 @torch.library.custom_op("llmfp4::linear_dx", mutates_args=())
@@ -196,14 +209,24 @@ def _(grad, codes, row_scale, group_scale, x_scale, shift, x_factor, spec):
 
 
 def _keep(ctx, inputs, output):
-    _, *tensors, spec = inputs
-    ctx.spec = spec
-    ctx.save_for_backward(*tensors[:6])
+    x, *tensors, spec, residual, gated = inputs
+    ctx.spec, ctx.gated, ctx.has_residual = spec, gated, residual is not None
+    ctx.save_for_backward(*tensors[:6], *((x, tensors[6]) if gated else ()))
 
 
 def _backward(ctx, grad):
-    dx = torch.ops.llmfp4.linear_dx(grad.contiguous(), *ctx.saved_tensors, ctx.spec)
-    return dx, None, None, None, None, None, None, None, None
+    weight, rest, dy = ctx.saved_tensors[:6], ctx.saved_tensors[6:], grad.contiguous()
+    if ctx.gated:
+        x, bias = rest
+        dy = epilogue.gated_gradient(torch.ops.llmfp4.linear(x, *weight, bias, ctx.spec), dy)
+    dx = torch.ops.llmfp4.linear_dx(dy, *weight, ctx.spec)
+    return dx, None, None, None, None, None, None, None, None, grad if ctx.has_residual else None, None
+
+
+def _keep_weight(ctx, inputs, output):
+    _, *tensors, spec = inputs
+    ctx.spec = spec
+    ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx, grad):
@@ -212,4 +235,4 @@ def _double_backward(ctx, grad):
 
 
 linear.register_autograd(_backward, setup_context=_keep)
-linear_dx.register_autograd(_double_backward, setup_context=_keep)
+linear_dx.register_autograd(_double_backward, setup_context=_keep_weight)

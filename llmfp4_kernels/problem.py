@@ -94,3 +94,5 @@ class Kernel:
     """None, or a sentence with the numbers that make this kernel decline."""
     prepare: Callable[[PackedFP4, torch.Tensor | None], Prepared]
     """From a weight in `layout` and a bias [n]; rows that share a layout share the result."""
+    fuses_epilogue: bool = False
+    """Its `run` takes (kernel, x, residual, gated), see ops.linear. Behind others epilogue.py follows, in fp32."""

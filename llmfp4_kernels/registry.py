@@ -26,6 +26,11 @@ def allowed(name: str) -> bool:
     return os.environ.get(FORCE) in (None, "", name, name.split(".")[0])
 
 
+def epilogue_of(kernel: str) -> str:
+    """Where a residual and SwiGLU follow a kernel's sums: "fused" into it, or "composed" from its fp32 product."""
+    return "fused" if {row.name: row for row in table()}[kernel].fuses_epilogue else "composed"
+
+
 def layout_for(problem: Problem) -> str:
     """The layout that the kernel of a problem reads; where the forced kernel refuses, the first one's that does not.
 

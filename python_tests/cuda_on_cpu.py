@@ -128,12 +128,15 @@ class OnCpu:
         cuda._counters.clear()
         native.module().set_cuda_launcher(0)
 
-    def run(self, prepared: cuda.Prepared, kernel: str, x: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, prepared: cuda.Prepared, kernel: str, x: torch.Tensor, residual: torch.Tensor | None = None, gated=False
+    ) -> torch.Tensor:
         """prepared.run with a fresh, poisoned y, of which every byte must have been written."""
         self.prepared, self.kernel, self.x, self.fault, self.launched = prepared, kernel, x, None, []
+        self.residual, self.columns = residual, prepared.n // 2 if gated else prepared.n
         with Allocations() as self.allocations:
             try:
-                y = prepared.run(Kernel(kernel, "units", lambda p: None, cuda.Prepared), x)
+                y = prepared.run(Kernel(kernel, "units", lambda p: None, cuda.Prepared), x, residual, gated)
             except RuntimeError:
                 raise self.fault or AssertionError("a launch failed without a fault") from None
         counters = [c for known in cuda._counters.values() for c in known]
@@ -145,7 +148,7 @@ class OnCpu:
         made = self.allocations.made
         m = self.x.numel() // self.prepared.k
         plan = self.prepared.plans[self.kernel.removeprefix("cuda."), m, cuda.DTYPES[self.x.dtype]]
-        shape = (*self.x.shape[:-1], self.prepared.n)
+        shape = (*self.x.shape[:-1], self.columns)
         y = next(t for t in reversed(made) if t.dtype == self.x.dtype and t.shape == shape)
         workspace = next(t for t in reversed(made) if t.dtype == torch.uint8 and t.numel() == plan.bytes)
         whole = self.x.is_contiguous() and self.x.data_ptr() % 16 == 0
@@ -159,12 +162,17 @@ class OnCpu:
         known += [(c, "counters", None) for c in counters]
         if not first:
             known.append((y, "y", Out))
+            known += [(self.residual, "residual", In)] if self.residual is not None else []
         rows = [(t.data_ptr(), t.numel() * t.element_size(), n, mode) for t, n, mode in known]
         at, modes = workspace.data_ptr(), (Out, Out, None) if first else (In, In, Out)
         for bytes, what, mode in zip(plan.parts, ("operands", "x_scale", "partial"), modes):
             rows.append((at, bytes, what, mode))
             at += bytes
         return [row for row in rows if row[1]]
+
+    def early(self) -> set[str]:
+        """What may be read while the kernel before still runs: weights and biases."""
+        return set(self.prepared.tensors)
 
     def launch(self, launch, parameters) -> int:
         one = launch.contents
@@ -186,8 +194,7 @@ class OnCpu:
                 memory,
                 self.seed,
                 self.limit_s,
-                # Only weights and biases may be read while the kernel before still runs.
-                {row[2] for row in memory} - set(self.prepared.tensors) if one.overlap else (),
+                {row[2] for row in memory} - self.early() if one.overlap else (),
             )
             outs = [row for row in memory if row[3] is Out]
             unwritten = [count for row, count in zip(outs, report.unwritten) if row[2] == "y"]

@@ -13,7 +13,7 @@ from test_cuda_float import exact_and_bound
 from test_dynamic import dynamic_packed, wild_x
 from test_grouped import INT8, grouped, rounding
 
-from llmfp4_kernels import native, reference
+from llmfp4_kernels import epilogue, native, reference
 from llmfp4_kernels.backends import cuda
 from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E8M0, INTEGER, Dynamic
 
@@ -78,7 +78,22 @@ def right(kernel, packed, x, bias, y) -> bool:
     return same_bits(y, expected)
 
 
+def epilogue_is_right(instead, programs) -> bool:
+    """A residual and SwiGLU behind ragged tiles, in 16 bits; k split over blocks, then not."""
+    for n, k in ((144, 2100), (80, 130)):
+        packed, x = random_packed(n, k, E2M1, E2M1, True), random_x(20, k, torch.bfloat16) / 4
+        bias, residual = torch.randn(n), random_x(20, n // 2, torch.bfloat16, seed=7)
+        with OnCpu(programs, multiprocessors=16, limit_s=20, instead=instead) as gpu:
+            y = gpu.run(cuda.Prepared(packed, bias), "cuda.sm80", x, residual, True)
+            assert GEMM in gpu.launched
+        if not same_bits(y, epilogue.finish(reference.gemm(x, packed, bias), residual, True, x.dtype)):
+            return False
+    return True
+
+
 def outcome(kernel, instead, programs):
+    if kernel == GEMM and not epilogue_is_right(instead, programs):
+        return "wrong values", ""
     for packed, x, bias in problems(kernel):
         for row in rows(kernel, packed):
             with OnCpu(programs, multiprocessors=16, limit_s=20, instead=instead) as gpu:

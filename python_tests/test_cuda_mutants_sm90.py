@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases import random_packed, random_x, same_bits
 from cuda_mutants import ptx_of
-from cuda_mutants_sm90 import FP8, GROUPED, GROUPED_FP8, INSTANCES, MUTANTS, OF, QUANTIZE, SPLIT, WIDE
+from cuda_mutants_sm90 import FP8, GEMM, GROUPED, GROUPED_FP8, INSTANCES, MUTANTS, OF, QUANTIZE, SPLIT, WIDE
 from cuda_on_cpu import OnCpu, all_kernels
 from mutants import RIGHT, WRONG, assert_caught
 from ptx import Program, missing
 from test_cuda_fp8 import cancelling, packed_of, unit_weights
 
-from llmfp4_kernels import native, reference
+from llmfp4_kernels import epilogue, native, reference
 from llmfp4_kernels.backends import cuda
 from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E4M3FN
 
@@ -51,7 +51,22 @@ def problems(kernel):
     yield random_packed(70, 130, E2M1, E3M0, True), random_x(15, 130), None, 1
 
 
+def epilogue_is_right(instead, programs) -> bool:
+    """A residual and SwiGLU, eight columns at a time; fp32 and bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        packed, x = random_packed(176, 130, E2M1, E2M1, True), random_x(20, 130, dtype) / 4
+        bias, residual = torch.randn(176), random_x(20, 88, dtype, seed=7)
+        with OnCpu(programs, 1, limit_s=20, instead=instead, capability=(9, 0)) as gpu:
+            y = gpu.run(cuda.Prepared(packed, bias), "cuda.sm90", x, residual, True)
+            assert GEMM in gpu.launched
+        if not same_bits(y, epilogue.finish(reference.gemm(x, packed, bias), residual, True, dtype)):
+            return False
+    return True
+
+
 def outcome(kernel, instead, programs):
+    if kernel == GEMM and not epilogue_is_right(instead, programs):
+        return "wrong values", ""
     for packed, x, bias, multiprocessors in problems(kernel):
         expected = reference.gemm(x, packed, bias).to(x.dtype)
         for seed in (0, 1):

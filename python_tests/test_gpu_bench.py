@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace

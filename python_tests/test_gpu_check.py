@@ -51,6 +51,7 @@ def test_gpu_check_runs_everything_in_its_time(passed, tests, left, stages, monk
         *([tests, "-m", "pytest", "-q", "-rs", f"python_tests/{name}.py"] for name in ("test_gpu", "test_gpu_triton")),
         [min(tests, 60), "benchmarks/golden.py"], "sanitize",
         *([*tune, recipe, *ends] for recipe in ("llm-fp4", "llm-fp4-a16") if left >= 300),
+        [min(105, max(left - 90, 10)), "benchmarks/llama.py", "--limit", "75"],
         [left + 60, "benchmarks/gpu.py", "--limit", str(left)],
     ]  # fmt: skip
     assert stages.ran == ["install_wheels", "build", *expected]

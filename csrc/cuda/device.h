@@ -63,6 +63,12 @@ __device__ inline float widen(uint16_t v, Dtype dtype) {
     return dtype == Dtype::bf16 ? float_of(uint32_t(v) << 16) : __half2float(__ushort_as_half(v));
 }
 
+// Number `at` of `from` as fp32.
+__device__ inline float load_wide(const void* from, Dtype dtype, size_t at) {
+    return dtype == Dtype::f32 ? static_cast<const float*>(from)[at]
+                               : widen(static_cast<const uint16_t*>(from)[at], dtype);
+}
+
 __device__ inline bool is_finite(float v) { return (bits_of(v) & 0x7f800000u) != 0x7f800000u; }
 
 __device__ inline uint16_t nearest_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }

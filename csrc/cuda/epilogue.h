@@ -8,8 +8,10 @@ namespace llmfp4::cuda {
 constexpr int32_t plane_weight = 128;  // of the second int8 plane of an integer operand, see quantize.h
 
 struct Output {
-    void* y;  // [m, n] contiguous
+    void* y;               // [m, columns] contiguous
+    const void* residual;  // the same, or null
     Dtype dtype;
+    bool gated;  // outputs are eight gates, then their eight ups: y = silu(gate) · up
     int m, n;
     const float* row_scale;  // [n]
     const float* bias;       // [n] or null
@@ -18,13 +20,15 @@ struct Output {
     int splits;              // blocks that share a sum over k
     void* partial;           // [splits][planes · m][n], only with splits > 1
     unsigned* arrived;       // one counter per tile, all 0 between kernels
+
+    __host__ __device__ int columns() const { return gated ? n / 2 : n; }
 };
 
 inline Output output_of(const Weight& w, const Plan& plan, const Call& call) {
     char* partial = call.workspace + plan.x_bytes + plan.scale_bytes;
     const float* x_scale = plan.scale_bytes ? reinterpret_cast<const float*>(call.workspace + plan.x_bytes) : nullptr;
-    return {call.y,  Dtype(call.dtype), call.m,      w.n,     w.row_scale, w.bias,
-            x_scale, plan.planes,       plan.splits, partial, call.arrived};
+    return {call.y, call.residual, Dtype(call.dtype), call.gated,  call.m,  w.n,         w.row_scale,
+            w.bias, x_scale,       plan.planes,       plan.splits, partial, call.arrived};
 }
 
 // Sums of `rows` rows of products (a whole number of tokens) from row0 on and `outs` outputs from out0 on: the sum of
@@ -49,16 +53,55 @@ __device__ inline float scaled(const Output& out, const float* sum, size_t row_s
     return mul(whole, out.row_scale[o]);
 }
 
-// y[token, o] for a whole tile; consecutive threads take consecutive outputs.
+// e^x for |x| up to 87 (beyond, that of ±87) to 2 units, by operations that every machine rounds alike:
+// 2^n · e^r with n = x / ln 2 to nearest and r by Cephes' polynomial. epilogue.py has the same.
+__device__ inline float exponential(float x) {
+    x = fminf(fmaxf(x, -87.0f), 87.0f);
+    const float n = nearest_even(mul(x, 1.44269504f));
+    const float r = sub(sub(x, mul(n, 0.693359375f)), mul(n, -2.12194440e-4f));
+    float p = 1.9875691500e-4f;
+    p = add(mul(p, r), 1.3981999507e-3f);
+    p = add(mul(p, r), 8.3334519073e-3f);
+    p = add(mul(p, r), 4.1665795894e-2f);
+    p = add(mul(p, r), 1.6666665459e-1f);
+    p = add(mul(p, r), 5.0000001201e-1f);
+    return mul(add(add(mul(mul(p, r), r), r), 1.0f), power_of_two(truncate(n)));
+}
+
+// Below -87, where it is 0 to 1e-36, that of -87.
+__device__ inline float silu(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    return divide(x, add(1.0f, exponential(-x)));
+}
+
+// Output o of a token in fp32: its sum scaled, and the bias.
+template <class Sum>
+__device__ inline float linear_output(const Output& out, const Sum* sum, size_t row_stride, int token, int o) {
+    const float v = scaled(out, sum, row_stride, token, o);
+    return out.bias ? add(v, out.bias[o]) : v;
+}
+
+// A template, so that the division by `outs` is one by a constant.
+template <bool gated, class Sum>
+__device__ inline void finish_as(const Output& out, const Tile<Sum>& tile) {
+    const int outs = gated ? tile.outs / 2 : tile.outs, columns = out.columns();
+    for (int i = threadIdx.x; i < tile.rows / out.planes * outs; i += blockDim.x) {
+        const int row = i / outs * out.planes, column = i % outs, token = (tile.row0 + row) / out.planes;
+        const int o = gated ? column / 8 * 16 + column % 8 : column;
+        if (token >= out.m || tile.out0 + o >= out.n) continue;
+        const Sum* sum = tile.at + row * tile.row_stride + o;
+        float v = linear_output(out, sum, tile.row_stride, token, tile.out0 + o);
+        if (gated) v = mul(silu(v), linear_output(out, sum + 8, tile.row_stride, token, tile.out0 + o + 8));
+        const size_t at = size_t(token) * columns + (gated ? tile.out0 / 2 : tile.out0) + column;
+        if (out.residual) v = add(v, load_wide(out.residual, out.dtype, at));
+        store_rounded(out.y, out.dtype, at, v);
+    }
+}
+
+// y of a whole tile, gates and residual included, rounded once; consecutive threads take consecutive columns.
 template <class Sum>
 __device__ inline void finish(const Output& out, const Tile<Sum>& tile) {
-    for (int i = threadIdx.x; i < tile.rows / out.planes * tile.outs; i += blockDim.x) {
-        const int row = i / tile.outs * out.planes, o = i % tile.outs, token = (tile.row0 + row) / out.planes;
-        if (token >= out.m || tile.out0 + o >= out.n) continue;
-        float v = scaled(out, tile.at + row * tile.row_stride + o, tile.row_stride, token, tile.out0 + o);
-        if (out.bias) v = add(v, out.bias[tile.out0 + o]);
-        store_rounded(out.y, out.dtype, size_t(token) * out.n + tile.out0 + o, v);
-    }
+    out.gated ? finish_as<true>(out, tile) : finish_as<false>(out, tile);
 }
 
 template <class Sum>

@@ -1,11 +1,11 @@
-// `finish` (epilogue.h) for rows that can be written 16 bytes at a time: eight outputs of a token a thread.
+// `finish` (epilogue.h) for rows that can be written 16 bytes at a time: eight columns of a token a thread.
 #pragma once
 #include "epilogue.h"
 
 namespace llmfp4::cuda {
 
 __device__ inline bool takes_eights(const Output& out) {
-    return out.planes == 1 && out.n % 8 == 0 && reinterpret_cast<uintptr_t>(out.y) % 16 == 0;
+    return out.planes == 1 && out.columns() % 8 == 0 && reinterpret_cast<uintptr_t>(out.y) % 16 == 0;
 }
 
 __device__ inline uint32_t rounded_pair(float low, float high, Dtype dtype) {
@@ -24,27 +24,46 @@ __device__ inline void store_eight(void* y, Dtype dtype, size_t at, const float 
     }
 }
 
-// The sums of a row lie at multiples of 16 bytes; consecutive threads take consecutive outputs.
+// Outputs o .. o + 7 of a token; `sums` is a multiple of 16 bytes.
+template <class Sum>
+__device__ inline void linear_eight(const Output& out, const Sum* sums, int token, int o, float (&v)[8]) {
+    union {
+        uint4 vectors[2];
+        Sum sums[8];
+    } at;
+    const uint4* from = reinterpret_cast<const uint4*>(sums);
+    at.vectors[0] = from[0], at.vectors[1] = from[1];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = linear_output(out, &at.sums[j], 0, token, o + j);
+}
+
+template <bool gated, class Sum>
+__device__ inline void finish_eights_as(const Output& out, const Tile<Sum>& tile) {
+    const int step = gated ? 16 : 8, eights = tile.outs / step;
+    for (int i = threadIdx.x; i < tile.rows * eights; i += blockDim.x) {
+        const int r = i / eights, token = tile.row0 + r, o = tile.out0 + i % eights * step;
+        if (token >= out.m || o >= out.n) continue;
+        const Sum* sums = tile.at + r * tile.row_stride + i % eights * step;
+        float v[8];
+        linear_eight(out, sums, token, o, v);
+        if (gated) {
+            float up[8];
+            linear_eight(out, sums + 8, token, o + 8, up);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[j] = mul(silu(v[j]), up[j]);
+        }
+        const size_t at = size_t(token) * out.columns() + (gated ? o / 2 : o);
+        if (out.residual)
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[j] = add(v[j], load_wide(out.residual, out.dtype, at + j));
+        store_eight(out.y, out.dtype, at, v);
+    }
+}
+
+// The sums of a row lie at multiples of 16 bytes; consecutive threads take consecutive columns.
 template <class Sum>
 __device__ inline void finish_eights(const Output& out, const Tile<Sum>& tile) {
-    const int eights = tile.outs / 8;
-    for (int i = threadIdx.x; i < tile.rows * eights; i += blockDim.x) {
-        const int r = i / eights, token = tile.row0 + r, o = tile.out0 + i % eights * 8;
-        if (token >= out.m || o >= out.n) continue;
-        union {
-            uint4 vectors[2];
-            Sum sums[8];
-        } at;
-        const uint4* from = reinterpret_cast<const uint4*>(tile.at + r * tile.row_stride + i % eights * 8);
-        at.vectors[0] = from[0], at.vectors[1] = from[1];
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            v[j] = scaled(out, &at.sums[j], 0, token, o + j);
-            if (out.bias) v[j] = add(v[j], out.bias[o + j]);
-        }
-        store_eight(out.y, out.dtype, size_t(token) * out.n + o, v);
-    }
+    out.gated ? finish_eights_as<true>(out, tile) : finish_eights_as<false>(out, tile);
 }
 
 }  // namespace llmfp4::cuda

@@ -65,6 +65,7 @@ void gemv(const Weight& w, const Activations& a, const Plan& plan, const Call& c
         using Kernels = GemvKernels<Operand, grouped>;
         const Gemv<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), plan.warps_n};
         const int shared = gemv_warps * 8 * (plan.kernel + 1) * unit_n * 4;
+        // Straight after a kernel of the caller's it must not start early: that one may have written the weights.
         start(Kernels::names[plan.kernel], Kernels::functions[plan.kernel], plan.grid[0], plan.grid[1], 1, gemv_threads,
               shared, !plan.direct, call.queue, p);
     });

@@ -73,10 +73,12 @@ struct Plan {
 };
 
 struct Call {
-    const void* x;  // [m, k] contiguous, at a multiple of 16 bytes
-    void* y;        // [m, n] contiguous
+    const void* x;         // [m, k] contiguous, at a multiple of 16 bytes
+    void* y;               // [m, n] contiguous; gated: [m, n / 2]
+    const void* residual;  // as y, or null
+    bool gated;            // outputs are eight gates, then their eight ups, and so on: y = silu(gate) · up
     int m;
-    Dtype dtype;        // of x and y
+    Dtype dtype;        // of x, y and residual
     char* workspace;    // Plan::bytes(), at a multiple of 16
     unsigned* arrived;  // Plan::counters, zeros; zeros again afterwards
     Queue queue;

@@ -115,14 +115,17 @@ class Prepared:
         if self.device.type != machine.device_type or others:
             raise NoKernel(f"the CUDA kernels take tensors on one GPU: codes are on {self.device}, others on {others}")
 
-    def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] → y [..., n] of x's dtype, on torch's current stream; nothing waits for the GPU."""
+    def run(
+        self, kernel: Kernel, x: torch.Tensor, residual: torch.Tensor | None = None, gated: bool = False
+    ) -> torch.Tensor:
+        """As ops.linear, on torch's current stream; nothing waits for the GPU."""
         if x.device != self.device:
             raise BadInput(f"x is on {x.device}, the weight on {self.device}")
         x = x.contiguous()
         x = x.clone() if x.data_ptr() % 16 else x
         m, name, queue = x.numel() // self.k, kernel.name.removeprefix("cuda."), machine.queue(self.device)
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype, device=x.device)
+        y = torch.empty((*x.shape[:-1], self.n // 2 if gated else self.n), dtype=x.dtype, device=x.device)
+        residual = None if residual is None else residual.contiguous()
         if m == 0:
             return y
         dtype = DTYPES[x.dtype]
@@ -135,6 +138,7 @@ class Prepared:
             self._linear.run(
                 name, plan, x.data_ptr(), y.data_ptr(), m, dtype, workspace.data_ptr(),
                 0 if arrived is None else arrived.data_ptr(), queue.device, queue.overlap, queue.stream,
+                0 if residual is None else residual.data_ptr(), gated,
             )  # fmt: skip
         return y
 
@@ -206,5 +210,6 @@ def _refusal_of_groups(problem: Problem) -> str | None:
 
 
 KERNELS = tuple(
-    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared) for name in ("gemv", "sm90", "sm80")
+    Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared, fuses_epilogue=True)
+    for name in ("gemv", "sm90", "sm80")
 )

@@ -63,6 +63,6 @@ def _refusal_of_fast_sums(problem: Problem) -> str | None:
 
 
 KERNELS = (
-    *(Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), cuda.Prepared) for name in OPTIONS),
-    Kernel("cuda.sm90-fast-sums", "units", _refusal_of_fast_sums, cuda.Prepared),
+    *(Kernel(f"cuda.{name}", "units", functools.partial(_refusal, name), cuda.Prepared, True) for name in OPTIONS),
+    Kernel("cuda.sm90-fast-sums", "units", _refusal_of_fast_sums, cuda.Prepared, True),
 )

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..embedding import FP4Embedding
-from ..errors import BadFile
+from ..errors import BadFile, BadInput
 from ..formats import E2M1, SCALES, Recipe
+from ..gated import FP4GatedLinear
 from ..nn import FP4Linear, FP4Module
 from ..packed import describe_dynamic, dynamic_of, open_safetensors
 from ..quantizer.replace import replace_module
@@ -21,6 +22,9 @@ def layer_entries(model: nn.Module) -> dict[str, dict]:
     recipe made them.
     """
     entries, owner = {}, {}
+    gated = [name for name, m in model.named_modules() if isinstance(m, FP4GatedLinear)]
+    if gated:
+        raise BadInput(f"{gated[0]} holds gate and up as one weight, which no file does: save before fuse_gated_mlps")
     modules = {name: m for name, m in model.named_modules() if isinstance(m, FP4Module)}
     # Heads first: an embedding shares the head's codes, not the other way round.
     for name, module in sorted(modules.items(), key=lambda item: isinstance(item[1], FP4Embedding)):
