@@ -36,9 +36,13 @@ public:
         return cuda::plan_gemm_sm120(b_, m, multiprocessors);
     }
     void run(const std::string&, const cuda::Plan& plan, uintptr_t x, uintptr_t y, int m, int dtype,
-             uintptr_t workspace, uintptr_t arrived, int device, bool overlap, uintptr_t stream) const {
+             uintptr_t workspace, uintptr_t arrived, int device, bool overlap, uintptr_t stream, uintptr_t residual,
+             bool gated) const {
+        if (residual || gated) throw std::invalid_argument("cuda.sm120 adds no residual and has no SwiGLU");
         const cuda::Call call{pointer<void>(x),
                               pointer<void>(y),
+                              nullptr,
+                              false,
                               m,
                               cuda::Dtype(dtype),
                               pointer<char>(workspace),

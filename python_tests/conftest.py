@@ -4,6 +4,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_inductor_cache(tmp_path_factory):
+    """What torch compiled for another version of the package does not serve: its key says nothing of our operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()

@@ -11,7 +11,7 @@ import torch
 from cases import ODD_SHAPES, random_packed, random_x, same_bits
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import missing
-from test_cuda_float import HALF_ULP
+from test_cuda_float import after_rounding
 from test_dynamic import dynamic_packed, wild_x
 
 from llmfp4_kernels import native, reference
@@ -61,8 +61,9 @@ def exact_and_bound(packed, x, bias=None):
     """
     rounded, w = reference.round_activation(x, packed, torch.float64), reference.stored_weight(packed)
     exact = rounded @ w.T + (0 if bias is None else bias.double())
-    bound = (packed.k + 8) * 2.0**-24 * (rounded.abs() @ w.abs().T) + exact.abs() * HALF_ULP[x.dtype] + 1e-30
-    return exact, bound if bias is None else bound + 2.0**-23 * bias.double().abs()
+    bound = (packed.k + 8) * 2.0**-24 * (rounded.abs() @ w.abs().T)
+    bound += 0 if bias is None else 2.0**-23 * bias.double().abs()
+    return exact, after_rounding(exact, bound, x.dtype)
 
 
 def check(gpu, packed, x, bias=None):
