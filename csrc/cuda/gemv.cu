@@ -6,7 +6,8 @@ using namespace llmfp4::cuda;
 template <class Operand, bool grouped>
 struct GemvKernels;
 
-// Two blocks on a multiprocessor are wanted; left to itself ptxas spills to fit in four. With scaled operands one.
+// Two blocks on a multiprocessor are wanted; left to itself ptxas spills to fit in four or five. With scaled operands
+// of 16 rows one.
 template <class Operand>
 constexpr int gemv_blocks(bool grouped) {
     return grouped || (Operand::shifted && Operand::bytes == 2) ? 1 : 2;
@@ -14,7 +15,7 @@ constexpr int gemv_blocks(bool grouped) {
 
 // Up to 8 rows, and up to 16.
 #define GEMV(tag, Operand, grouped)                                                                    \
-    extern "C" __global__ void __launch_bounds__(gemv_threads)                                         \
+    extern "C" __global__ void __launch_bounds__(gemv_threads, 2)                                      \
         gemv_##tag##_8(const __grid_constant__ Gemv<Operand> p) {                                      \
         gemv_block<Operand, grouped, 1>(p);                                                            \
     }                                                                                                  \
