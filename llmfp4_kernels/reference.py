@@ -47,9 +47,13 @@ class XScales(NamedTuple):
 
 
 def scaled_input(x: torch.Tensor, packed: PackedFP4) -> torch.Tensor:
-    """x [..., k] · x_factor, one rounding to fp32 (float64 stays float64)."""
+    """x [..., k] · x_factor, one rounding to fp32 (float64 stays float64).
+
+    Activations that stay as they are meet the shift here, · 2^-shift[k]; codes carry it (`integer_activation`).
+    """
     x = x if x.dtype == torch.float64 else x.float()
-    return x if packed.x_factor is None else x * packed.x_factor
+    x = x if packed.x_factor is None else x * packed.x_factor
+    return x if packed.activation or packed.shift is None else torch.ldexp(x, -packed.shift.int())
 
 
 def activation_scales(x: torch.Tensor, packed: PackedFP4) -> XScales:
@@ -171,9 +175,13 @@ def stored_weight(packed: PackedFP4, dtype=torch.float64) -> torch.Tensor:
 
 
 def dequantize(packed: PackedFP4, dtype=torch.float32) -> torch.Tensor:
-    """The weight [n, k] that the codes stand for: element · group_scale · row_scale · x_factor, without the shift."""
+    """The weight [n, k] that the codes stand for: element · group_scale · row_scale · x_factor.
+
+    Without the shift where activations are quantized: there it is theirs. Otherwise · 2^-shift[k].
+    """
     w = stored_weight(packed)
-    return (w if packed.x_factor is None else w * packed.x_factor.double()).to(dtype)
+    w = w if packed.x_factor is None else w * packed.x_factor.double()
+    return (w if packed.activation or packed.shift is None else torch.ldexp(w, -packed.shift.int())).to(dtype)
 
 
 def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -> torch.Tensor:

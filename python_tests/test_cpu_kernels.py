@@ -97,7 +97,11 @@ def test_w4a16_shift_scales_channels(kernel):
     packed, plain = random_packed(33, 70, E2M1, shift=True), random_packed(33, 70, E2M1)
     x = random_x(20, 70)
     shifted = torch.ldexp(x, -packed.shift.int())
-    assert same_bits(Prepared(packed, None).run(kernel, x), Prepared(plain, None).run(kernel, shifted))
+    y = Prepared(packed, None).run(kernel, x)
+    assert same_bits(y, Prepared(plain, None).run(kernel, shifted))
+    assert same_bits(reference.gemm(x, packed), reference.gemm(shifted, plain))
+    near = torch.nn.functional.linear(x.double(), reference.dequantize(packed, torch.float64)).float()
+    torch.testing.assert_close(y, near, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
