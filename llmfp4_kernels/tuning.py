@@ -39,7 +39,6 @@ def _problems(args) -> list:
 def tune(args) -> dict:
     """Raises NoKernel without Triton or a GPU, before anything is loaded."""
     import torch
-    from tqdm import tqdm
 
     from .backends import triton
     from .formats import E2M1
@@ -59,7 +58,9 @@ def tune(args) -> dict:
     device = torch.device(machine.here.device_type)
     here = tuned.Conditions.here(device)
     rows, left_out = [], []
-    for problem in tqdm(problems, desc=f"tune on {here.gpu}", file=sys.stderr):
+    for i, problem in enumerate(problems, 1):
+        what = f"m = {problem.m}, n = {problem.n}, k = {problem.k}"
+        print(f"{i} of {len(problems)}, {what} on {here.gpu}", file=sys.stderr, flush=True)
         row, others = fastest(problem, Stopwatch(device), device, args.seconds)
         tuned.put(row, device)  # at once: what an interrupted run has measured is kept
         rows.append(dataclasses.asdict(row))

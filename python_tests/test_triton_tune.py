@@ -198,7 +198,8 @@ def test_the_command(few_tiles, monkeypatch, capsys):
         assert code == 0 and len(result["rows"]) == 1 and result["rows"][0]["config"]["block_k"] == 128
         assert tuned.choose(Form.of("gemv", PROBLEM), 3, torch.device("cpu")).config.block_k == 128
         assert cli.main(["tune", *argv]) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert progress == "1 of 1, m = 3, n = 40, k = 300 on cpu\n"
     assert "triton.gemv int8 m = 3, n = 40, k = 300: 10.0 us, 3.00 times as fast as the guess (32x8x128, " in shown
     assert shown.endswith(f"wrote {result['file']}\n")
 
