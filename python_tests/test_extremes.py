@@ -109,3 +109,15 @@ def test_an_x_scale_without_a_reciprocal_is_refused():
     dataclasses.replace(packed, x_scale=torch.tensor(2.0 ** (top - 127)))
     with pytest.raises(BadInput, match=rf"shifts up to {top}: 2\^shift / x_scale exceeds fp32"):
         dataclasses.replace(packed, x_scale=torch.tensor(2.0 ** (top - 129)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_the_largest_floats_are_no_infinity(kernel):
+    """bf16 ends at 3.39e38, fp32 at 3.4028e38: parts of what lies between are finite, too."""
+    packed = random_packed(24, 64, E2M1)
+    packed.codes, packed.row_scale = packed.codes & 0x11, torch.ones(24)  # 0 and 0.5
+    x = torch.zeros(20, 64)
+    x[:, 5] = torch.tensor([LARGEST, -LARGEST, 3.3961776e38, 3.39e38] * 5)
+    assert torch.equal(cpu.Prepared(packed, None).run(kernel, x), reference.gemm(x, packed))
+    x[4, 6] = torch.inf
+    assert not cpu.Prepared(packed, None).run(kernel, x)[4].isfinite().any()

@@ -18,6 +18,12 @@ inline int parts_of(Dtype dtype, bool smoothed) {
     return dtype == Dtype::f16 ? 2 : 1;
 }
 
+// The nearest bf16 number, but none that is Inf: what is left of a number beyond bf16's largest fits two more parts.
+inline uint16_t finite_bf16(float value) {
+    const uint16_t nearest = float_to_bf16(value);
+    return uint16_t(nearest - ((nearest & 0x7fff) == 0x7f80 && __builtin_fabsf(value) <= __FLT_MAX__));
+}
+
 template <int parts, class T>
 inline void split_row(const T* __restrict x, int k, int padded_k, const float* __restrict factor, uint16_t* out,
                       size_t part_stride) {
@@ -26,7 +32,7 @@ inline void split_row(const T* __restrict x, int k, int padded_k, const float* _
     uint16_t* __restrict third = out + 2 * part_stride;
     for (int i = 0; i < k; ++i) {
         const float value = to_float(x[i]) * factor[i];
-        first[i] = float_to_bf16(value);
+        first[i] = parts > 2 ? finite_bf16(value) : float_to_bf16(value);
         if constexpr (parts > 1) second[i] = float_to_bf16(value - bf16_to_float(first[i]));
         if constexpr (parts > 2) third[i] = float_to_bf16(value - bf16_to_float(first[i]) - bf16_to_float(second[i]));
     }
