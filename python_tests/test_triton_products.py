@@ -63,6 +63,20 @@ def test_every_element(element):
             check(gpu, random_packed(65, 70, element, activation, True), random_x(7, 70), torch.randn(65))
 
 
+def test_the_largest_floats_are_no_infinity():
+    """bf16 ends at 3.39e38, fp32 at 3.4028e38: parts of what lies between are finite, too."""
+    packed = random_packed(24, 64, E2M1)
+    packed.codes, packed.row_scale = packed.codes & 0x11, torch.ones(24)  # 0 and 0.5
+    x, largest = torch.zeros(5, 64), torch.finfo(torch.float32).max
+    x[:, 5] = torch.tensor([largest, -largest, 3.3961776e38, 3.39e38, torch.inf])
+
+    def judge(y):
+        assert torch.equal(y[:4], reference.gemm(x[:4], packed)) and not y[4].isfinite().any()
+
+    with OnCpu() as gpu:
+        gpu.later(prepared(packed), "triton.gemm", x, judge)
+
+
 def test_two_planes_of_an_activation():
     """E3M0 with a shift is no int8: 64 · 2^7."""
     with OnCpu() as gpu:

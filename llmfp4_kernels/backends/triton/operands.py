@@ -28,6 +28,12 @@ def _bits(v):
 
 
 @triton.jit
+def _special(v):
+    """Whether v is NaN or Inf."""
+    return (_bits(v) & 0x7F800000) == 0x7F800000
+
+
+@triton.jit
 def _power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -164,6 +170,9 @@ def split(x, parts, factor, m, k, padded_k, PARTS: tl.constexpr, BLOCK: tl.const
         rest = _inputs(x, factor, token, at, k)
         for part in tl.static_range(PARTS):
             nearest = rest.to(tl.bfloat16)
+            # Beyond bf16's largest number that is Inf: the one before it, and a rest, are exact.
+            beyond = _special(nearest.to(tl.float32)) & (_special(rest) == 0)
+            nearest = (nearest.to(tl.int16, bitcast=True) - beyond.to(tl.int16)).to(tl.bfloat16, bitcast=True)
             tl.store(row + part * tl.cast(m, tl.int64) * padded_k + at, nearest, at < padded_k)
             whole = nearest.to(tl.float32)
-            rest = tl.where((_bits(whole) & 0x7F800000) == 0x7F800000, 0.0, rest - whole)
+            rest = tl.where(_special(whole), 0.0, rest - whole)
