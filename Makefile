@@ -18,8 +18,14 @@ demo: build
 	$(PY) benchmarks/demo.py
 
 # Idle OpenMP threads sleep: spinning ones make small products thousands of times slower beside a busy process.
+# Two processes: that of the GPU kernels waits mostly for g++, which makes machine code of their PTX, a file at a time.
+GPU_TESTS := $(wildcard python_tests/test_cuda_*.py python_tests/test_ptx_*.py python_tests/test_triton_*.py \
+	python_tests/test_gpu_rehearsed.py python_tests/test_instruction_forms.py)
+test: export OMP_WAIT_POLICY = passive
 test: build
-	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests
+	$(PY) -m pytest $(GPU_TESTS) >build/test-gpu-kernels.log 2>&1 & kernels=$$!; \
+	$(PY) -m pytest python_tests $(GPU_TESTS:%=--ignore=%); rest=$$?; \
+	wait $$kernels; kernels=$$?; cat build/test-gpu-kernels.log; exit $$((rest | kernels))
 
 TRITON ?= 3.9.0
 test-triton: build build/triton-$(TRITON)

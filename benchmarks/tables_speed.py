@@ -19,6 +19,8 @@ REFERENCES: dict[str, Callable[[str], bool]] = {
     "any 4-bit rival": lambda name: name.startswith(("llama.cpp", "torch int4", "torchao", "bitsandbytes", "onnxrun")),
 }
 """What ours are compared with: the fastest of the contenders that a name stands for."""
+UNSTEADY = 0.6
+"""An interquartile range, relative to the time, above which ratios are guesses."""
 
 
 def is_rival(row: dict) -> bool:
@@ -51,8 +53,18 @@ def _about(key: tuple[int, int, int], rows: list[dict]) -> str:
     others = f", {row['others']} CPUs busy with other things" if row.get("others", 0) > 0.1 else ""
     return (
         f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{turns} (`results/gemm.jsonl`, "
-        f"{where(row)}{others})"
+        f"{where(row)}{others}{_unsteady(rows)})"
     )
+
+
+def _unsteady(rows: list[dict]) -> str:
+    """How many of the times at each m have an interquartile range that makes their ratios guesses."""
+    counts = {}
+    for m in sorted({row["m"] for row in rows}):
+        spreads = [row.get("spread", 0) for row in rows if row["m"] == m]
+        if wide := sum(spread > UNSTEADY for spread in spreads):
+            counts[m] = f"{wide} of {len(spreads)} at m = {m}"
+    return f"; interquartile ranges above {UNSTEADY:.0%}: {', '.join(counts.values())}" if counts else ""
 
 
 def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:

@@ -199,6 +199,8 @@ def gemm(x: torch.Tensor, packed: PackedFP4, bias: torch.Tensor | None = None) -
     if x.ndim != 2 or x.shape[1] != packed.k:
         raise BadInput(f"x of shape {list(x.shape)} does not match k = {packed.k}")
     dtype = torch.float64 if x.dtype == torch.float64 and not packed.integer else torch.float32
+    if len(x) == 0:
+        return torch.empty(0, packed.shape[0], dtype=dtype, device=x.device)
     if packed.activation is None:
         sums = _sums(scaled_input(x, packed).double(), _grouped_weight(packed))
         return _finished(sums.to(dtype), packed, bias)

@@ -74,7 +74,12 @@ class LLMFP4Quantizer(HfQuantizer):
             use_attention(model, _operands(self.quantization_config.attention))
 
     def is_serializable(self, *args, **kwargs):
-        return False  # save_quantized writes these models
+        raise BadInput("save_pretrained does not write FP4 layers: use save_quantized(model, folder)")
+
+
+def refuse_save_pretrained(model: PreTrainedModel) -> None:
+    """What save_pretrained would write of a model with FP4 layers says nothing of them: let it raise BadInput."""
+    model.hf_quantizer = LLMFP4Quantizer(LLMFP4Config(), pre_quantized=True)
 
 
 def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
@@ -150,6 +155,8 @@ def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report
     if not entries and not attention:
         raise BadInput(f"{type(model).__name__} has no FP4 layer: quantize_model comes first")
     out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise BadInput(f"{out_dir} is a file: a model is saved as a folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
@@ -184,6 +191,13 @@ def _replace_folder(new: Path, path: Path) -> None:
         new.rename(path)
 
 
+def _described(config_file: Path, name: str, entry) -> FP4Module:
+    try:
+        return empty_layer(entry, torch.float32)
+    except (LLMFP4Error, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise BadFile(f"{config_file} describes layer {name} as {entry!r}, which is none: {error!r}") from error
+
+
 def _check_folder(path: Path) -> dict:
     """The config of a folder that save_quantized wrote, after a look at the header of its weights."""
     config_file = path / "config.json"
@@ -206,7 +220,7 @@ def _check_folder(path: Path) -> dict:
     with open_safetensors(path / WEIGHTS) as file:
         present = set(file.keys())
         for name, entry in quantization["layers"].items():
-            for tensor, expected in empty_layer(entry, torch.float32).state_dict().items():
+            for tensor, expected in _described(config_file, name, entry).state_dict().items():
                 key = f"{name}.{tensor}"
                 if "shares" in entry:
                     continue

@@ -156,6 +156,10 @@ def quantize_model(
     for name, owner in plan.shared.items():
         if owner in done:
             _share(model, name, owner)
+    if hasattr(model, "save_pretrained"):
+        from ..integrations.transformers import refuse_save_pretrained
+
+        refuse_save_pretrained(model)
     report.coverage = coverage(model)
     return report
 

@@ -87,7 +87,8 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     """Which layers get which recipe, and a reason for every other module with parameters.
 
     Embeddings are quantized only where an include glob other than "*" names them. Raises BadInput for a weight without
-    elements, an unknown recipe and a glob that matches nothing and is none of DEFAULTS.
+    elements, an unknown recipe, a glob that matches nothing and is none of DEFAULTS, and an override that gives a table
+    another recipe than the head whose weight it shares.
     """
     if _is_linear(model):
         raise BadInput(f"the model itself is a {type(model).__name__}: use FP4Linear.from_linear")
@@ -96,6 +97,8 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
     linears = {name: m for name, m in modules.items() if _is_linear(m)}
     tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
     for what, globs in {"include": include, "exclude": exclude, "override": overrides}.items():
+        if globs is None or isinstance(globs, str):
+            raise BadInput(f"{what} is {globs!r}: expected several globs, ({globs!r},) for one")
         for glob in globs:
             if glob not in DEFAULTS and not any(_matches(name, [glob]) for name in linears | tables):
                 raise BadInput(f"{what} {glob!r} matches none of {len(linears) + len(tables)} layers and embeddings")
@@ -104,12 +107,18 @@ def make_plan(model: nn.Module, recipe: Recipe, include, exclude, overrides: dic
         pointer = module.weight.data_ptr()
         if reason:
             plan.skipped.append({"name": name, "reason": reason})
-        elif name in tables and pointer in owner:
+            continue
+        glob = _matches(name, overrides)
+        chosen = recipe_named(overrides[glob]) if glob else None
+        if name in tables and pointer in owner:
             plan.shared[name] = owner[pointer]
+            if chosen and chosen != plan.recipes[owner[pointer]]:
+                raise BadInput(
+                    f"override {glob!r} makes {name} {chosen.name}, but it shares its weight with {owner[pointer]}, "
+                    f"which becomes {plan.recipes[owner[pointer]].name}"
+                )
         else:
             owner[pointer] = name
-            glob = _matches(name, overrides)
-            default = EMBEDDING_RECIPE if name in tables else recipe
-            plan.recipes[name] = recipe_named(overrides[glob] if glob else default)
+            plan.recipes[name] = chosen or recipe_named(EMBEDDING_RECIPE if name in tables else recipe)
     plan.skipped += _other_modules(modules)
     return plan

@@ -80,6 +80,7 @@ def _unit_exponent(largest: torch.Tensor) -> int:
     return max(-120, min(120, int(torch.frexp(largest.double()).exponent)))
 
 
+@torch.no_grad()
 def search_linear(
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -135,7 +136,7 @@ def search_linear(
     elements = weight_elements or searched_elements(weight_bits), None
     if activation_bits != 16:
         elements = elements[0], activation_elements or searched_elements(activation_bits)
-    weight = weight.float()
+    weight = weight.detach().float()
     layer, channel_max, units = _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens)
     descents = Descents(layer, channel_max, *elements, units[:2], rounds, gamma_grid(*gamma_range))
     found = descents.best(grid, shift_rule if preshift else None)
@@ -162,7 +163,7 @@ def _in_units(x, weight, channel_max, output_gradient, gram, gram_tokens) -> tup
 
     Every product and code stays what it was, and squares of tiny or huge inputs stay in range.
     """
-    x = weight[:0] if x is None else x.float()
+    x = weight[:0] if x is None else x.detach().float()
     if channel_max is None:
         channel_max = x.abs().amax(0) if len(x) else (gram.diagonal().double() / gram_tokens).clamp(min=0).sqrt()
     channel_max = channel_max.to(weight)

@@ -1,0 +1,80 @@
+"""What a user may get wrong with whole models: a sentence, before any work."""
+
+import copy
+import json
+
+import pytest
+import torch
+from test_families import TOKENS, llama
+
+from llmfp4_kernels import FP4Linear, load_quantized, quantize_model, reference, save_quantized
+from llmfp4_kernels.errors import BadFile, BadInput
+from llmfp4_kernels.formats import E2M1, E4M3, INTEGER, Dynamic
+from llmfp4_kernels.quantizer import search_linear
+
+
+def test_save_pretrained_names_what_saves(tmp_path):
+    """It would write a folder that says nothing of FP4: loaded, its weights would be random."""
+    model = llama()
+    quantize_model(model, "mxfp4", progress=False)
+    again = copy.deepcopy(model)
+    save_quantized(model, tmp_path / "saved")
+    for fp4 in (model, again, load_quantized(tmp_path / "saved")):
+        with pytest.raises(BadInput, match="use save_quantized"):
+            fp4.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "model.safetensors").exists()
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_tied_table_cannot_differ_from_its_head():
+    named = dict(include=("*", "model.embed_tokens"), exclude=(), progress=False)
+    with pytest.raises(BadInput, match="embed_tokens nvfp4, but .* lm_head, which becomes mxfp4"):
+        quantize_model(llama(tied=True), "mxfp4", overrides={"model.embed_tokens": "nvfp4"}, **named)
+    model = llama(tied=True)
+    quantize_model(model, "mxfp4", overrides={"lm_head": "nvfp4", "model.embed_tokens": "nvfp4"}, **named)
+    assert model.lm_head.recipe == model.model.embed_tokens.recipe == "nvfp4"
+
+
+@pytest.mark.parametrize("globs", [{"include": "*q_proj"}, {"exclude": "lm_head"}, {"exclude": None}], ids=str)
+def test_globs_are_several(globs):
+    with pytest.raises(BadInput, match="expected several globs"):
+        quantize_model(llama(), "mxfp4", progress=False, **globs)
+
+
+@pytest.mark.parametrize("entry", [None, 5, "nope", {}, {"n": 8, "k": 8}], ids=str)
+def test_layers_that_are_none_are_bad_files(entry, tmp_path):
+    model = llama()
+    quantize_model(model, "mxfp4", progress=False)
+    save_quantized(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    name = next(iter(config["quantization_config"]["layers"]))
+    config["quantization_config"]["layers"][name] = entry
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadFile, match=f"describes layer {name} as"):
+        load_quantized(tmp_path / "saved")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    model = llama()
+    quantize_model(model, "mxfp4", progress=False)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadInput, match="is a file"):
+        save_quantized(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_search_needs_no_gradients():
+    linear, x = torch.nn.Linear(24, 16), torch.randn(40, 24, requires_grad=True) * 2
+    found = search_linear(x, linear.weight)
+    assert not (found.row_scale.requires_grad or found.weight_dequantized().requires_grad)
+    layer = FP4Linear.from_packed(copy.deepcopy(found.packed()))
+    assert torch.equal(layer(x.detach()), reference.gemm(x.detach(), found.packed()))
+
+
+def test_no_rows_are_no_product():
+    from test_dynamic import dynamic_packed
+
+    packed = dynamic_packed(8, 48, E2M1, E2M1, Dynamic(16, INTEGER))
+    assert reference.gemm(torch.empty(0, 48), packed).shape == (0, 8)
+    packed = dynamic_packed(8, 48, E2M1, E2M1, Dynamic(16, E4M3))
+    assert reference.gemm(torch.empty(0, 48), packed).shape == (0, 8)
