@@ -23,7 +23,7 @@ GPU_TESTS := $(wildcard python_tests/test_cuda_*.py python_tests/test_ptx_*.py p
 	python_tests/test_gpu_rehearsed.py python_tests/test_instruction_forms.py)
 test: export OMP_WAIT_POLICY = passive
 test: build
-	$(PY) -m pytest $(GPU_TESTS) >build/test-gpu-kernels.log 2>&1 & kernels=$$!; \
+	mkdir -p build; $(PY) -m pytest $(GPU_TESTS) >build/test-gpu-kernels.log 2>&1 & kernels=$$!; \
 	$(PY) -m pytest python_tests $(GPU_TESTS:%=--ignore=%); rest=$$?; \
 	wait $$kernels; kernels=$$?; cat build/test-gpu-kernels.log; exit $$((rest | kernels))
 

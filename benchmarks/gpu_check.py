@@ -22,11 +22,11 @@ SITE = ROOT / "build" / "gpu-check"
 MINUTES = 8
 """That all of it may take."""
 TUNING, TUNED_TOKENS = 60, ("1", "16", "64")
-"""Seconds for Triton's tiles, where five times as many are left."""
+"""Seconds for Triton's tiles of two recipes, where the model's are left, too."""
 MODEL_SECONDS = 75
 """After which llama.py builds no further model."""
 STARTED = time.perf_counter()
-TESTS, CHECKER, VECTORS = 120, 90, 60
+TESTS, CHECKER, VECTORS = 150, 60, 60
 """Seconds that one file of tests, the memory checker and the instruction forms may take."""
 BENCHMARKS, LAST = 90, 30
 """Seconds that the benchmarks have at least, and that they take for the last product and the pictures."""
@@ -38,9 +38,9 @@ def elapsed() -> float:
     return time.perf_counter() - STARTED
 
 
-def left_of(seconds: float) -> float:
-    """As many of a stage's seconds as leave the benchmarks theirs, but 10 at least."""
-    return max(min(seconds, MINUTES * 60 - BENCHMARKS - LAST - elapsed()), 10)
+def left() -> float:
+    """Seconds that the benchmarks do not need."""
+    return MINUTES * 60 - BENCHMARKS - LAST - elapsed()
 
 
 def say(text: str) -> None:
@@ -61,6 +61,13 @@ def run(*command, limit: float = MINUTES * 60, env: dict | None = None) -> bool:
         failures.append(f"{text} ({why})")
     say(f"{took:.0f} s, {'failed' if code else 'done'}")
     return code == 0
+
+
+def run_in(seconds: float, *command, env: dict) -> None:
+    """A stage that may take so many seconds; left out where less than half of them are left."""
+    if left() < seconds / 2:
+        return say(f"left out: {' '.join(map(str, command))}; {left():.0f} s are left, it may take {seconds}")
+    run(*command, limit=min(seconds, left()), env=env)
 
 
 def install_wheels(environment: dict) -> None:
@@ -99,14 +106,16 @@ def sanitize(environment: dict) -> None:
     tests = ["-m", "pytest", "-q", "python_tests/test_gpu.py", "-k", "small_problems or moves"]
     # Each tensor is an allocation of its own: torch's cache would hide where one ends.
     environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run(tool, "--error-exitcode", "1", sys.executable, *tests, limit=left_of(CHECKER), env=environment)
+    run_in(CHECKER, tool, "--error-exitcode", "1", sys.executable, *tests, env=environment)
 
 
 def tune(environment: dict) -> None:
     """Triton's tiles for the benchmarks' first shape, kept in a folder of this check; left out where time is short."""
-    left, there = MINUTES * 60 - LAST - elapsed(), importlib.util.find_spec("triton") is not None
-    if left < 5 * TUNING or not there:
-        return say(f"left out: tuning Triton's tiles; {left:.0f} s are left, Triton is {'' if there else 'not '}there")
+    there = importlib.util.find_spec("triton") is not None
+    if left() < 2 * TUNING + MODEL_SECONDS or not there:
+        return say(
+            f"left out: tuning Triton's tiles; {left():.0f} s are left, Triton is {'' if there else 'not '}there"
+        )
     environment["LLMFP4_CACHE"] = str(SITE / "tiles")
     share = str(TUNING // (2 * len(TUNED_TOKENS)))
     for recipe in ("llm-fp4", "llm-fp4-a16"):
@@ -135,8 +144,8 @@ def main() -> None:
     # Without this setting torch refuses deterministic products of cuBLAS, which the fallback to the reference takes.
     tested = environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for tests in ("python_tests/test_gpu.py", "python_tests/test_gpu_triton.py"):
-        run(sys.executable, "-m", "pytest", "-q", "-rs", tests, limit=left_of(TESTS), env=tested)
-    run(sys.executable, "benchmarks/golden.py", limit=left_of(VECTORS), env=environment)
+        run_in(TESTS, sys.executable, "-m", "pytest", "-q", "-rs", tests, env=tested)
+    run_in(VECTORS, sys.executable, "benchmarks/golden.py", env=environment)
     sanitize(tested)
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
@@ -145,10 +154,10 @@ def main() -> None:
         if importlib.util.find_spec("transformers") is None:
             say("left out: a whole model, for there is no transformers")
         else:
-            command = ("benchmarks/llama.py", "--limit", MODEL_SECONDS)
-            run(sys.executable, *command, limit=left_of(MODEL_SECONDS + LAST), env=environment)
-        left = max(MINUTES * 60 - LAST - elapsed(), BENCHMARKS)
-        run(sys.executable, "benchmarks/gpu.py", "--limit", round(left), limit=left + 2 * LAST, env=environment)
+            model = ("benchmarks/llama.py", "--limit", MODEL_SECONDS)
+            run_in(MODEL_SECONDS + LAST, sys.executable, *model, env=environment)
+        rest = BENCHMARKS + max(left(), 0)
+        run(sys.executable, "benchmarks/gpu.py", "--limit", round(rest), limit=rest + 2 * LAST, env=environment)
     if arguments.copy_to:
         arguments.copy_to.mkdir(parents=True, exist_ok=True)
         for path in (path for pattern in WRITTEN for path in sorted(ROOT.glob(pattern))):

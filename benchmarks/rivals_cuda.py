@@ -73,6 +73,12 @@ def _rows_to(kind: torch.dtype, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return (scaled.round() if kind == torch.int8 else scaled).to(kind), scale
 
 
+def _rounded_to(kind: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    """float64: what 8-bit tokens and their scales stand for."""
+    tokens, scale = _rows_to(kind, x)
+    return tokens.double() * scale
+
+
 def _eight_bits(name: str, weight: Weight, kind: torch.dtype, product: Callable, options: dict) -> Contender:
     """8-bit weights and tokens, a scale per output and per token. product(q, scale, w, w_scale) → bf16 [m, n]."""
     product_only = options.get("product_only", False)
@@ -86,7 +92,7 @@ def _eight_bits(name: str, weight: Weight, kind: torch.dtype, product: Callable,
     for _ in range(copies_on_gpu(size, options.get("warm", False))):
         multiply = functools.partial(product, w=codes.clone(), w_scale=w_scale)
         calls.append(_PerToken(functools.partial(_rows_to, kind), multiply, product_only))
-    rounded = per_block(TOKEN) if kind == torch.int8 else lambda x: torch.mul(*_rows_to(kind, x)).double()
+    rounded = per_block(TOKEN) if kind == torch.int8 else functools.partial(_rounded_to, kind)
     rounding = ROUNDING + (INT8_ROUNDING if kind == torch.int8 else 0)
     check = Product(name, weight, probe.double() * probe_scale, rounding, rounded)
     note = "8-bit weights; " + ("tokens quantized beforehand" if product_only else "quantizes tokens")

@@ -112,7 +112,9 @@ def show_explain(result: dict) -> str:
         lines.append(f"a residual and SwiGLU are {result['epilogue']} with {result['runs']}")
     if result["forced"]:
         lines.append(f"LLMFP4_KERNEL forces {result['forced']}")
-    return "\n".join(lines if result["runs"] else [*lines, "no kernel takes this problem"])
+    if not result["runs"]:
+        lines.append(f"{result['forced'] or 'no kernel'} {'refuses' if result['forced'] else 'takes'} this problem")
+    return "\n".join(lines)
 
 
 def _add_model_commands(command) -> None:

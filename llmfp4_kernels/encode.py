@@ -71,6 +71,11 @@ def group_largest(w: torch.Tensor, group_size: int) -> torch.Tensor:
     return padded.unflatten(1, (-1, group_size)).amax(2)
 
 
+def quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """x / divisor, rounded once on every device: by a Python number torch's CUDA kernel multiplies with 1 / divisor."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 def e8m0_scale(largest: torch.Tensor, element: Element, rule: str = "even") -> torch.Tensor:
     """The E8M0 byte (uint8) of groups with these largest magnitudes (float32).
 
@@ -83,7 +88,7 @@ def e8m0_scale(largest: torch.Tensor, element: Element, rule: str = "even") -> t
     if rule not in E8M0_RULES:
         raise BadInput(f"unknown E8M0 rule {rule!r}: known are {', '.join(E8M0_RULES)}")
     if rule == "rceil":
-        byte = (largest / element.max).view(torch.int32) + 0x7FFFFF >> 23
+        byte = quotient(largest, element.max).view(torch.int32) + 0x7FFFFF >> 23
     else:
         carry = 1 << 21 if rule == "even" else 0
         emax = element.max_shift - element.bias

@@ -18,6 +18,7 @@ from .encode import (
     encode,
     expand_groups,
     group_largest,
+    quotient,
     require_finite,
 )
 from .errors import BadInput
@@ -68,7 +69,7 @@ def activation_scales(x: torch.Tensor, packed: PackedFP4) -> XScales:
     u = scaled_input(x, packed).float()
     reach = {"integer": element.max_factor, "e4m3": E4M3_MAX}
     top = element.max * (reach.get(dynamic.group_scale.name, 1.0) if dynamic.group_scale else 1.0)
-    x_scale = u.abs().amax(-1, keepdim=True).clamp(min=TOKEN_MIN) / top
+    x_scale = quotient(u.abs().amax(-1, keepdim=True).clamp(min=TOKEN_MIN), top)
     if dynamic.group_scale is None:
         return XScales(x_scale)
     flat = u.reshape(-1, u.shape[-1])
@@ -76,14 +77,14 @@ def activation_scales(x: torch.Tensor, packed: PackedFP4) -> XScales:
     if dynamic.group_scale == E8M0:
         return XScales(torch.ones_like(x_scale), e8m0_scale(largest, element))
     if dynamic.group_scale == E4M3:
-        return XScales(x_scale, e4m3_scale(largest / element.max / x_scale))
+        return XScales(x_scale, e4m3_scale(quotient(largest, element.max) / x_scale))
     return XScales(x_scale, _integer_groups(u * torch.reciprocal(x_scale), element, dynamic.group_size))
 
 
 def _integer_groups(v: torch.Tensor, element: Element, group_size: int) -> torch.Tensor:
     """uint8 [..., groups]: the least integer that holds the group's largest value, or the one below if it errs less."""
     v = torch.nn.functional.pad(v, (0, -v.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
-    holds = torch.ceil(v.abs().amax(-1) / element.max).clamp(1, element.max_factor)
+    holds = torch.ceil(quotient(v.abs().amax(-1), element.max)).clamp(1, element.max_factor)
     below = (holds - 1).clamp(min=1)
     exact = torch.round(v * (element.integer_scale * RESIDUAL))
 

@@ -43,6 +43,7 @@ MUTANTS = [
     (NVF4, "device_sm120.h", "both halves take the first's scales", '"ue4m3", 4 * half)', '"ue4m3", 0)', WRONG),
     (NVF4, "gemm_sm120.h", "one word of scales twice", "(from)[w]", "(from)[0]", WRONG),
     (NVF4, "gemm_sm120.h", "scales of another strip", "const int strip = strip0 + threadIdx.x / pieces,", "const int strip = strip0 + threadIdx.x % pieces,", WRONG),
+    (QUANTIZE, "quantize_sm120.h", "block scales below E4M3's least", "fmaxf(scale, power_of_two(-9))", "scale", WRONG),
     (QUANTIZE, "quantize_sm120.h", "nibbles swapped", "(4 * (i % 8))", "(4 * (i % 8 ^ 1))", WRONG),
     (QUANTIZE, "quantize_sm120.h", "signs in the place of an exponent", ">> 31 << 3", ">> 31 << 2", WRONG),
     (QUANTIZE, "quantize_sm120.h", "words in the order of inputs", "to[word % 4 * 4 + word / 4] = words[0]", "to[word] = words[0]", f"{WRONG} Race"),

@@ -181,5 +181,5 @@ def test_wrong_tensors_are_refused_before_a_launch(programs):
             gpu.run(prepared, "cuda.gemv", random_x(17, 64))
         odd = torch.empty(512 * 2 + 1, dtype=torch.uint8)[1:].view(2, 1, 32, 16)
         with pytest.raises(ValueError, match="no multiple of 16 bytes"):
-            native.module().CudaLinear(n=32, k=64, element=(2, 1, 1), codes=odd.data_ptr(), row_scale=0)
+            native.module().CudaLinear(n=32, k=64, element=(2, 1, 1, 0), codes=odd.data_ptr(), row_scale=0)
         assert gpu.launched == []

@@ -43,6 +43,11 @@ def problems(kernel):
             bad = wild_x(4, 300)
             bad[1, 299] = float("inf")
             yield scaled(20, 300, scale, group_size, Dynamic(group_size, scale)), bad, None, 1
+        small = scaled(20, 64, E4M3, 16, Dynamic(16, E4M3))  # a block whose scale is less than E4M3's least
+        small.codes[:, :8] = small.codes[:, 16:] = 0
+        x = random_x(4, 64)
+        x[:, 16:32] *= 1e-6
+        yield small, x, None, 1
 
 
 def right(packed, x, bias, y) -> bool:

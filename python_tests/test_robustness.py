@@ -133,7 +133,8 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
 def load_without_tokenizer(folder):
     from unittest import mock
 
-    with mock.patch("llmfp4_kernels.integrations.transformers.AutoTokenizer"):
+    here = "llmfp4_kernels.integrations.transformers"
+    with mock.patch(f"{here}.AutoTokenizer"), mock.patch(f"{here}.require_tokenizer"):
         return load_dense(folder)
 
 

@@ -25,8 +25,8 @@ tiles = array.array("B", bytes(native.tiled_bytes(n, k)))
 native.shuffle(address(rows), address(tiles), n, k)
 row_scale = array.array("f", [random.random() + 0.5 for _ in range(n)])
 shift = array.array("B", [random.randrange(4) for _ in range(k)])
-linear = native.Linear(n, k, (2, 1, 1), address(tiles), address(row_scale), shift=address(shift))
-linear.quantize_activations((2, 1, 1), 0.37)
+linear = native.Linear(n, k, (2, 1, 1, 0), address(tiles), address(row_scale), shift=address(shift))
+linear.quantize_activations((2, 1, 1, 0), 0.37)
 x = array.array("f", [random.gauss(0, 2) for _ in range(m * k)])
 digests = {}
 for row in native.kernels():

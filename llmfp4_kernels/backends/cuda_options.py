@@ -55,6 +55,8 @@ def _refusal_of_floats(problem: Problem) -> str | None:
 
 
 def _refusal_of_fast_sums(problem: Problem) -> str | None:
+    if unusable_here := cuda._unusable(problem):
+        return unusable_here
     if problem.scale or not cuda_sm90.multiplies_fp8(problem):
         what = problem.activation.name if problem.activation else problem.dtype
         groups = f", and these weights have {problem.scale.name} groups" if problem.scale else ""

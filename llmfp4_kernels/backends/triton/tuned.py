@@ -126,7 +126,7 @@ def read(path: Path, here: Conditions) -> list[Row]:
     size = path.stat().st_size
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadFile(f"{path} ({size} bytes) is not JSON: {error}") from error
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise BadFile(f"{path} ({size} bytes) is not of format {FORMAT!r}, version {VERSION}")
