@@ -8,7 +8,7 @@ from cases import random_packed, random_x, same_bits
 from cuda_mutants import ptx_of
 from cuda_mutants_sm120 import INSTANCES, MUTANTS, MXF4, NVF4, OF, QUANTIZE
 from cuda_on_cpu import OnCpu, all_kernels
-from mutants import assert_caught
+from mutants import RIGHT, WRONG, assert_caught
 from ptx import Program
 from test_cuda_sm120 import BLACKWELL, WHY_NOT, exact_and_bound, scaled
 from test_dynamic import dynamic_packed, wild_x
@@ -66,13 +66,13 @@ def outcome(kernel, instead, programs):
             y = gpu.run(cuda_sm120.Prepared(packed, bias), NAME, x)
             assert kernel in gpu.launched
         if not right(packed, x, bias, y):
-            return "wrong values", ""
-    return "right values", ""
+            return WRONG
+    return RIGHT
 
 
 @pytest.mark.parametrize("kernel", INSTANCES)
 def test_without_a_bug_the_values_are_right(kernel, programs):
-    assert outcome(kernel, {}, programs)[0] == "right values"
+    assert outcome(kernel, {}, programs) == RIGHT
 
 
 @pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[f"{m[1]}: {m[2]}" for m in MUTANTS])

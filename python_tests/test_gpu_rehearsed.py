@@ -29,12 +29,12 @@ class Rehearsal(OnCpu):
         self.real = cuda.Prepared.run
         self.machine.queue = lambda device: cuda.Queue(0, 16, False, 0)
 
-        def run(prepared, kernel, x):
+        def run(prepared, kernel, x, *epilogue):
             if self.inside:
-                return self.real(prepared, kernel, x)
+                return self.real(prepared, kernel, x, *epilogue)
             self.inside = True
             try:
-                return self.run(prepared, kernel.name, x)
+                return self.run(prepared, kernel.name, x, *epilogue)
             finally:
                 self.inside = False
 

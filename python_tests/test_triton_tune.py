@@ -133,7 +133,8 @@ def test_a_few_tiles_run_by_the_rules(arch, version):
 def test_the_judge_knows_right_from_wrong(recipe, dtype):
     problem = Problem.of_recipe(formats.recipe(recipe), 20, 70, 515, dtype=dtype)
     packed, x = random_weight(problem), torch.randn(20, 515).to(dtype)
-    assert dataclasses.replace(Problem.of(packed, 20, dtype), device="cpu") == problem
+    of_weight = Problem.of(packed, 20, dtype)
+    assert dataclasses.replace(of_weight, device="cpu", scale_span=problem.scale_span) == problem
     judge, right = Judge(packed, x), reference.gemm(x, packed).to(dtype)
     assert right.isfinite().all()
     judge(right)
