@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from ours import SUMS
+from ours import SUMS, tensor_core_sums
 from torch import nn
 
 from llmfp4_kernels import FP4Linear, epilogue, reference
@@ -37,8 +37,8 @@ def fp4_judge(layer: FP4Linear) -> Judge:
         rounded, weight = reference.round_activation(x, packed, torch.float64), reference.stored_weight(packed)
         exact, sums = rounded @ weight.T, SUMS
         bound = 0.0
-        if x.device.type == "cuda":  # see ours.fp4_on_gpu
-            sums += (packed.k / 16 + 8) * 2**-21
+        if x.device.type == "cuda":
+            sums += tensor_core_sums(packed.k)
         if packed.activation is not None and x.device.type == "cuda":
             x_scale = reference.activation_scales(x, packed).x_scale.double()
             lost = 2**-9 * x_scale * (rounded.abs() < 2**-5 * x_scale)  # see backends/cuda_sm90.py

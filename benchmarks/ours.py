@@ -107,14 +107,19 @@ def fp4(weight: Weight, recipe: str, dtype: str = "fp32", forced: str | None = N
     return _contender(weight, recipe, packed_weight(weight, recipe), dtype, forced, warm, "cpu", SUMS)
 
 
-def fp4_on_gpu(weight: Weight, recipe: str, dtype: str = "bf16", forced: str | None = None) -> Contender:
-    """The same on a GPU with random codes. Tensor cores drop bits of a sum below 2^-21 of it, once in 16 inputs.
+def tensor_core_sums(k: int) -> float:
+    """Of Σ|x||w|: tensor cores drop bits of a sum of k products below 2^-21 of it, once in 16 inputs."""
+    return (k / 16 + 8) * 2**-21
 
-    Of sums of 8-bit floats those below 2^-13: of 4096 random numbers up to 1e-4 of Σ|x||w| adds up, if the model of
-    python_tests/ptx is right about Hopper.
+
+def fp4_on_gpu(weight: Weight, recipe: str, dtype: str = "bf16", forced: str | None = None) -> Contender:
+    """The same on a GPU with random codes.
+
+    Of sums of 8-bit floats tensor cores drop bits below 2^-13: of 4096 random numbers up to 1e-4 of Σ|x||w| adds up, if
+    the model of python_tests/ptx is right about Hopper.
     """
     fp8 = E4M3FN in recipe_named(recipe).activation_elements
-    sums = SUMS + (weight.k / 16 + 8) * 2**-21 + (2**-12 if fp8 else 0)
+    sums = SUMS + tensor_core_sums(weight.k) + (2**-12 if fp8 else 0)
     return _contender(weight, recipe, random_codes(weight, recipe), dtype, forced, False, "cuda", sums)
 
 

@@ -23,7 +23,7 @@ from ..layout import CHUNK_STRIPS, to_layout
 from ..packed import PackedFP4, pack, unpack
 from ..problem import FORCE, Kernel, Problem
 from . import cuda
-from .gpu import sm
+from .gpu import refusal_without, sm
 
 NAME = "cuda.sm120"
 CAPABILITY = (12, 0)
@@ -74,9 +74,8 @@ def refusal(problem: Problem) -> str | None:
     capability = cuda.machine.capability(problem.device_index)
     if capability != CAPABILITY:
         return f"this GPU is {sm(capability)}, the FP4 products are those of sm_120 (Blackwell)"
-    built = native.module().cuda_architectures
-    if not any(architecture.startswith("120a") for architecture in built):
-        return f"the native module was built for {', '.join(built)}, without 120a-real"
+    if not_built := refusal_without("120a", native.module().cuda_architectures):
+        return not_built
     if problem.dtype not in cuda.DTYPES:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, cuda.DTYPES))}"
     if problem.n > 128 * cuda.GRID_LIMIT:

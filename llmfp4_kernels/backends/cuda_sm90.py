@@ -11,7 +11,7 @@ import math
 from .. import native
 from ..formats import E4M3FN, E8M0, Element
 from ..problem import Problem
-from .gpu import sm
+from .gpu import refusal_without, sm
 
 CAPABILITY = (9, 0)
 """wgmma is in the machine code of this architecture alone."""
@@ -57,7 +57,4 @@ def refusal(problem: Problem, capability: tuple[int, int]) -> str | None:
             return (
                 f"E8M0 scales of a row span {problem.scale_span} binades, E4M3 has {most} beside {problem.element.name}"
             )
-    built = native.module().cuda_architectures
-    if not any(architecture.startswith("90a") for architecture in built):
-        return f"the native module was built for {', '.join(built)}, without 90a-real"
-    return None
+    return refusal_without("90a", native.module().cuda_architectures)

@@ -80,6 +80,13 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return (major, minor) <= capability
 
 
+def refusal_without(architecture: str, built: list[str]) -> str | None:
+    """Why a kernel that is compiled for "90a" or another architecture alone is not in a module built for these."""
+    if any(entry.startswith(architecture) for entry in built):
+        return None
+    return f"the native module was built for {', '.join(built)}, without {architecture}-real"
+
+
 def unusable(problem: Problem, machine: Machine, missing: Callable[[], str | None]) -> str | None:
     """Why no kernel of a backend runs on the GPU that holds a problem; `missing` says what its software lacks."""
     if problem.device != "cuda":

@@ -24,6 +24,7 @@ import torch
 
 from ...errors import BadFile
 from ...packed import write_beside
+from ..gpu import sm
 from . import configs, machine
 from .configs import Config
 from .form import Form
@@ -63,7 +64,7 @@ class Conditions:
         from ... import __version__
 
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        capability = "sm_{}{}".format(*machine.here.capability(device.index))
+        capability = sm(machine.here.capability(device.index))
         version = importlib.import_module("triton").__version__
         return Conditions(name, capability, machine.here.multiprocessors(device), version, __version__, _kernels())
 
