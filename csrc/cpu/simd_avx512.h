@@ -43,6 +43,14 @@ template <int nibble>
 inline F32 decode_column(Tile t, const FloatTable& table) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(t, 4 * nibble), table.entries);  // reads the low 4 bits of a lane
 }
+inline F32 decode_column(Tile t, const FloatTable& table, int nibble) {
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(t, _mm_cvtsi32_si128(4 * nibble)), table.entries);
+}
+template <int bits>
+inline I32 shift_left(I32 v) {
+    return _mm512_slli_epi32(v, bits);
+}
+inline F32 f32_all(float v) { return _mm512_set1_ps(v); }
 inline F32 f32_zero() { return _mm512_setzero_ps(); }
 inline F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
