@@ -80,7 +80,7 @@ class Prepared(Protocol):
     """A weight in the layout of a backend, ready to multiply."""
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] → y [..., n] of x's dtype."""
+        """x [..., k] → y [..., n] of x's dtype. `bind(kernel, shape, dtype)`, if there is one, returns it as f(x)."""
 
 
 @dataclass(frozen=True)

@@ -337,3 +337,15 @@ def test_packed_tensors_cannot_require_gradients():
     layer.bias.requires_grad_(True)
     layer(torch.randn(2, 8)).sum().backward()
     assert layer.bias.grad is not None
+
+
+def test_few_rows_keep_what_follows_from_their_shape(packed):
+    """The first call and later ones, any shape of the same m, strided x, another dtype in between; a foreign device."""
+    multiply, x = Multiplier(packed, None), random_x(6, 2 * packed.k)[:, ::2]
+    expected = multiply(x.contiguous())
+    for shape in ((6,), (2, 3), (6,), (1, 6)):
+        assert torch.equal(multiply(x.reshape(*shape, packed.k)), expected.view(*shape, -1))
+    assert multiply(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(multiply(x), expected)
+    with pytest.raises(BadInput, match="x is on meta, the weight on the CPU"):
+        multiply(x.to("meta"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 
 import torch
 
 from .. import native
-from ..errors import NoKernel
+from ..errors import BadInput, NoKernel
 from ..formats import INT8_MAX, Dynamic, Element
 from ..layout import shuffle_scales, to_layout
 from ..packed import PackedFP4
@@ -47,13 +48,23 @@ class Prepared:
             self._linear.quantize_activations(packed.activation.fields, packed.x_scale.item())
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
-        handle, dtype = _handle(kernel.name), _dtype(x.dtype)
-        m = x.numel() // self.k
-        self._linear.run(handle, x.data_ptr(), self.k, y.data_ptr(), m, dtype, torch.get_num_threads())
-        return y
+        return self.bind(kernel, x.shape, x.dtype)(x)
+
+    def bind(self, kernel: Kernel, shape: torch.Size, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`run` for x of this shape and dtype, with all that follows from them known. Raises BadInput off the CPU."""
+        out, m, k = (*shape[:-1], self.n), shape.numel() // self.k, self.k
+        run, handle, kind = self._linear.run, _handle(kernel.name), _dtype(dtype)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            if not x.is_cpu:
+                raise BadInput(f"x is on {x.device}, the weight on the CPU")
+            if not x.is_contiguous():
+                x = x.contiguous()
+            y = x.new_empty(*out)
+            run(handle, x.data_ptr(), k, y.data_ptr(), m, kind, torch.get_num_threads())
+            return y
+
+        return call
 
 
 @functools.cache
