@@ -56,7 +56,7 @@ def gpu(request, monkeypatch):
     programs = all_kernels()
     if request.param == (9, 0):
         programs = [*programs, *(p for p in all_kernels("sm_90a") if "gemm_sm90_int8_32" in p.names)]
-    with Rehearsal(programs, capability=request.param) as machine:
+    with Rehearsal(programs, 16, capability=request.param) as machine:
         yield machine
 
 
