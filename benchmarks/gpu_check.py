@@ -1,5 +1,5 @@
 """`make gpu-check`: build for the GPU that is here, run the GPU tests, a memory checker, single instructions for
-python_tests/vectors, tune Triton's tiles for a shape, and run the benchmarks, offline.
+python_tests/vectors, choose CUDA rows and tiles for a shape, tune Triton's, and run the benchmarks, offline.
 
 Runs from a copy of the tracked files, with the Python that has torch. cmake, ninja, pybind11 and pytest may be missing
 there: carry their wheels in .whl/ (or in the folder that WHEELS names). Nothing is downloaded. Without a build nothing
@@ -23,6 +23,8 @@ MINUTES = 8
 """That all of it may take."""
 TUNING, TUNED_TOKENS = 60, ("1", "16", "64")
 """Seconds for Triton's tiles of two recipes, where the model's are left, too."""
+CHOICES, CHOSEN_TOKENS = 60, ("1", "16", "64", "1024")
+"""Seconds for the CUDA rows' of the same."""
 MODEL_SECONDS = 75
 """After which llama.py builds no further model."""
 STARTED = time.perf_counter()
@@ -30,7 +32,10 @@ TESTS, CHECKER, VECTORS = 150, 60, 60
 """Seconds that one file of tests, the memory checker and the instruction forms may take."""
 BENCHMARKS, LAST = 90, 30
 """Seconds that the benchmarks have at least, and that they take for the last product and the pictures."""
-WRITTEN = ("benchmarks/results/gpu*", "benchmarks/results/llama*", "python_tests/vectors/gpu*")
+WRITTEN = (
+    "benchmarks/results/gpu*", "benchmarks/results/llama*", "python_tests/vectors/gpu*",
+    "llmfp4_kernels/backends/*.json",
+)  # fmt: skip
 failures: list[str] = []
 
 
@@ -109,6 +114,13 @@ def sanitize(environment: dict) -> None:
     run_in(CHECKER, tool, "--error-exitcode", "1", sys.executable, *tests, env=environment)
 
 
+def choose(environment: dict) -> None:
+    """The CUDA rows' tiles for the benchmarks' first shape, kept in the package; what follows uses them."""
+    what = ["--shapes", "4096x4096", "--schemes", "llm-fp4", "llm-fp4-a16", "--m", *CHOSEN_TOKENS]
+    command = ("benchmarks/choices.py", *what, "--limit", CHOICES)
+    run_in(CHOICES + LAST, sys.executable, *command, env=environment)
+
+
 def tune(environment: dict) -> None:
     """Triton's tiles for the benchmarks' first shape, kept in a folder of this check; left out where time is short."""
     there = importlib.util.find_spec("triton") is not None
@@ -117,9 +129,9 @@ def tune(environment: dict) -> None:
             f"left out: tuning Triton's tiles; {left():.0f} s are left, Triton is {'' if there else 'not '}there"
         )
     environment["LLMFP4_CACHE"] = str(SITE / "tiles")
-    share = str(TUNING // (2 * len(TUNED_TOKENS)))
+    share = ("--seconds", str(TUNING // (2 * len(TUNED_TOKENS))), "--m", *TUNED_TOKENS)
     for recipe in ("llm-fp4", "llm-fp4-a16"):
-        shape = ["--shape", "4096x4096", "--recipe", recipe, "--seconds", share, "--m", *TUNED_TOKENS]
+        shape = ["--backend", "triton", "--shape", "4096x4096", "--recipe", recipe, *share]
         run(sys.executable, "-m", "llmfp4_kernels", "tune", *shape, limit=TUNING, env=environment)
 
 
@@ -150,6 +162,7 @@ def main() -> None:
     if arguments.no_benchmarks:
         say("left out: the benchmarks")
     else:
+        choose(environment)
         tune(environment)
         if importlib.util.find_spec("transformers") is None:
             say("left out: a whole model, for there is no transformers")

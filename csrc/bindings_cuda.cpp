@@ -39,8 +39,9 @@ public:
         cuda::require_aligned("shifts", a_.shift, 16);
     }
 
-    cuda::Plan plan(const std::string& kernel, int m, int dtype, int multiprocessors) const {
-        return cuda::family_named(kernel).plan(w_, a_, m, cuda::Dtype(dtype), multiprocessors);
+    // tile and splits: cuda::Forced's.
+    cuda::Plan plan(const std::string& kernel, int m, int dtype, int multiprocessors, int tile, int splits) const {
+        return cuda::family_named(kernel).plan(w_, a_, m, cuda::Dtype(dtype), multiprocessors, {tile, splits});
     }
 
     // x [m, k] → y [m, n] or, gated, [m, n / 2]; residual as y, or 0. Contiguous, of dtype 0 (fp32), 1 (bf16) or 2
@@ -72,6 +73,17 @@ private:
     cuda::Activations a_{};
 };
 
+// How blocks would share a product of `rows` rows of operands, integers or not, with a weight that need not exist.
+cuda::Plan division(const std::string& kernel, int n, int k, const std::string& scale, int rows, bool integers,
+                    int multiprocessors, int tile, int splits) {
+    cuda::Weight weight{};
+    weight.n = n, weight.k = k, weight.scale_kind = scale_kind_of(scale);
+    cuda::Plan plan{};
+    plan.forced = {tile, splits}, plan.rows = rows, plan.exact = integers;
+    cuda::family_named(kernel).divide(weight, multiprocessors, plan);
+    return plan;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -83,7 +95,17 @@ void bind_cuda(py::module_& m) {
                                })
         .def_readonly("direct", &cuda::Plan::direct)
         .def_readonly("counters", &cuda::Plan::counters)
-        .def_readonly("splits", &cuda::Plan::splits);
+        .def_readonly("tile", &cuda::Plan::tile)
+        .def_property_readonly("tiles",  // that may be forced
+                               [](const cuda::Plan& plan) { return std::make_tuple(plan.first_tile, plan.last_tile); })
+        .def_property_readonly("tile_size",  // outputs and rows of operands
+                               [](const cuda::Plan& plan) {
+                                   return std::to_string(plan.tile_outs) + "x" + std::to_string(plan.tile_rows);
+                               })
+        .def_readonly("splits", &cuda::Plan::splits)
+        .def_readonly("most_splits", &cuda::Plan::most_splits);
+    m.def("cuda_division", division, py::arg("kernel"), py::arg("n"), py::arg("k"), py::arg("scale"), py::arg("rows"),
+          py::arg("integers"), py::arg("multiprocessors"), py::arg("tile") = -1, py::arg("splits") = 0);
     py::class_<CudaLinear>(m, "CudaLinear")
         .def(py::init<int, int, ElementFields, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int>(),
              py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
@@ -91,7 +113,8 @@ void bind_cuda(py::module_& m) {
         .def("quantize_activations", &CudaLinear::quantize_activations, py::arg("element"), py::arg("x_scale"),
              py::arg("group_size") = 0, py::arg("shift") = 0, py::arg("x_factor") = 0)
         .def("scale_activations", &CudaLinear::scale_activations, py::arg("x_factor"), py::arg("shift") = 0)
-        .def("plan", &CudaLinear::plan)
+        .def("plan", &CudaLinear::plan, py::arg("kernel"), py::arg("m"), py::arg("dtype"), py::arg("multiprocessors"),
+             py::arg("tile") = -1, py::arg("splits") = 0)
         .def("run", &CudaLinear::run);
     // A cuda::Launcher by address, 0 for the CUDA runtime's; returns the address of the one before.
     m.def("set_cuda_launcher", [](uintptr_t launcher) {

@@ -53,6 +53,7 @@ def show_info(result: dict) -> str:
         lines.append(f"native     {native['file']} ({built}); {native['threads']} threads ({native['thread_team']})")
     else:
         lines.append(f"native     not built: {native['reason']}")
+    lines += [f"tiles      {backend}: {sentence}" for backend, sentence in result["tiles"].items()]
     for row in result["kernels"]:
         lines.append(
             f"kernel     {row['name']:16} " + (row["refusal"] or f"takes {row['takes']} of {row['of']} probes")
@@ -71,10 +72,9 @@ def _element(option: str | None, choices, of: str):
 def explain(args) -> dict:
     import torch
 
-    from .backends import triton
+    from .backends import cuda, triton
     from .problem import Problem
-    from .registry import allowed, epilogue_of, forced
-    from .registry import explain as walk
+    from .registry import allowed, best, epilogue_of, forced, table
 
     recipe = formats.recipe(args.recipe)
     element = _element(args.element, recipe.weight_elements, "weight element")
@@ -82,11 +82,13 @@ def explain(args) -> dict:
     problem = Problem.of_recipe(
         recipe, args.m, args.n, args.k, element, activation, getattr(torch, args.dtype), args.device
     )
-    steps = [{"kernel": name, "refusal": refusal} for name, refusal in walk(problem)]
+    walk = [(kernel, kernel.refusal(problem)) for kernel in table()]
+    steps = [{"kernel": kernel.name, "refusal": refusal} for kernel, refusal in walk]
     name = forced()
-    willing = [step["kernel"] for step in steps if step["refusal"] is None and allowed(step["kernel"])]
-    runs = willing[0] if willing else None
-    tile = triton.tile(runs, problem) if runs and runs.startswith("triton.") else None
+    kernel = best(problem, [kernel for kernel, refusal in walk if refusal is None and allowed(kernel.name)])
+    runs = kernel and kernel.name
+    backend = {"cuda": cuda, "triton": triton}.get(runs.split(".")[0]) if runs else None
+    tile = backend.tile(runs, problem) if backend else None
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
@@ -167,12 +169,13 @@ def parser() -> Parser:
     c.add_argument("--activation", help="activation element, where the recipe searches it (default e2m1)")
     c.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of x and y")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    c = command("tune", tuning.tune, tuning.show_tune, "measure tiles of the Triton kernels on the GPU that is here")
+    c = command("tune", tuning.tune, tuning.show_tune, "measure tiles of the GPU kernels on the GPU that is here")
     c.add_argument("model", type=Path, nargs="?", help="folder that quantize wrote: for all its linear layers")
     c.add_argument("--shape", action="append", metavar="NxK", help="outputs by inputs, instead of a model or beside it")
     c.add_argument("--recipe", default="llm-fp4", help="of --shape")
     c.add_argument("--m", type=count, nargs="+", help=f"tokens (default {' '.join(map(str, tuning.TOKENS))})")
     c.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of x and y (default bfloat16)")
+    c.add_argument("--backend", choices=tuning.BACKENDS, nargs="+", help="default: those that run here")
     c.add_argument("--seconds", type=count, default=20, help="for each layer and m, at most (default 20)")
     return top
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from . import formats, native, registry
+from .backends import cuda as cuda_kernels
+from .backends import triton as triton_kernels
 from .problem import Problem
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
@@ -90,6 +92,15 @@ def kernels() -> list[dict]:
     return rows
 
 
+def tiles() -> dict[str, str]:
+    """Whether the GPU backends' tiles are measured, and in which file, or why they are not."""
+    problem, said = Problem(1, 64, 64, formats.E2M1, device="cuda"), {}
+    for name, backend in (("cuda", cuda_kernels), ("triton", triton_kernels)):
+        why = backend.refusal("gemv", problem)
+        said[name] = f"not used: {why}" if why else str(backend.measured_here(torch.device("cuda")))
+    return said
+
+
 def environment() -> dict:
     """Everything that `llmfp4 info` prints."""
-    return machine() | {"native": native_module(), "cuda": cuda(), "kernels": kernels()}
+    return machine() | {"native": native_module(), "cuda": cuda(), "kernels": kernels(), "tiles": tiles()}

@@ -17,7 +17,7 @@ def table() -> tuple[Kernel, ...]:
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
-    """What each kernel answers: a refusal, or None. The first None runs, unless LLMFP4_KERNEL names others."""
+    """What each kernel answers: a refusal, or None. Of the latter `best` runs, unless LLMFP4_KERNEL names others."""
     return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
 
 
@@ -38,25 +38,34 @@ def layout_for(problem: Problem) -> str:
     """
     taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
     named = [kernel for kernel in taken if allowed(kernel.name)]
-    return (named or taken or [choose(problem)])[0].layout
+    first = best(problem, named or taken)
+    return (first or choose(problem)).layout
+
+
+def best(problem: Problem, taken: list[Kernel]) -> Kernel | None:
+    """Of the rows that take a problem: the first, or where that is a CUDA row the one that was measured fastest."""
+    if not taken or not taken[0].name.startswith("cuda."):
+        return next(iter(taken), None)
+    measured = cuda.fastest(problem, [kernel.name for kernel in taken])
+    return next((kernel for kernel in taken if measured and kernel.name == measured.config.kernel), taken[0])
 
 
 def choose(problem: Problem) -> Kernel:
-    """The first kernel that takes the problem, of those that LLMFP4_KERNEL allows.
+    """The best kernel that takes the problem, of those that LLMFP4_KERNEL allows.
 
     Raises NoKernel if it allows none that is known, or if all of them refuse.
     """
     if name := forced():
         return _choose_of(name, problem)
-    walk = explain(problem)
-    refusals = "; ".join(f"{name}: {why}" for name, why in walk if why)
-    taken = next((name for name, why in walk if why is None), None)
+    walk = [(kernel, kernel.refusal(problem)) for kernel in table()]
+    refusals = "; ".join(f"{kernel.name}: {why}" for kernel, why in walk if why)
+    taken = best(problem, [kernel for kernel, why in walk if why is None])
     what = f"{problem.scheme} m = {problem.m}, n = {problem.n}, k = {problem.k}"
     if taken is None:
         raise NoKernel(f"no kernel takes {what}: {refusals}")
-    if taken == "reference":
+    if taken.name == "reference":
         warnings.warn(f"{what} runs on the slow float64 reference: {refusals}", stacklevel=2)
-    return next(kernel for kernel in table() if kernel.name == taken)
+    return taken
 
 
 def forced() -> str | None:
@@ -70,7 +79,7 @@ def forced() -> str | None:
 def _choose_of(name: str, problem: Problem) -> Kernel:
     rows = [kernel for kernel in table() if allowed(kernel.name)]
     refusals = {kernel.name: kernel.refusal(problem) for kernel in rows}
-    taken = next((kernel for kernel in rows if refusals[kernel.name] is None), None)
+    taken = best(problem, [kernel for kernel in rows if refusals[kernel.name] is None])
     if taken is None:
         why = "; ".join(f"{row}: {why}" for row, why in refusals.items()) if len(rows) > 1 else refusals[rows[0].name]
         raise NoKernel(f"{FORCE}={name} refuses m = {problem.m}, n = {problem.n}, k = {problem.k}: {why}")

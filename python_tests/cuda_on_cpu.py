@@ -73,13 +73,16 @@ class CpuMachine:
     device_type, ptx = "cpu", True
 
     def __init__(self, multiprocessors: int = 2, capability: tuple[int, int] = (8, 0)):
-        self.multiprocessors, self._capability = multiprocessors, capability
+        self.count, self._capability = multiprocessors, capability
 
     def capability(self, index):
         return self._capability
 
+    def multiprocessors(self, device):
+        return self.count
+
     def queue(self, device):
-        return cuda.Queue(0, self.multiprocessors, self._capability >= (9, 0), 0)
+        return cuda.Queue(0, self.count, self._capability >= (9, 0), 0)
 
     def capturing(self):
         return False
@@ -115,6 +118,7 @@ class OnCpu:
         self.instead = instead or {}
         self.machine, self.seed, self.limit_s = CpuMachine(multiprocessors, capability), seed, limit_s
         self.launched: list[str] = []
+        self.grids: list[tuple[int, int, int]] = []
 
     def __enter__(self):
         self.before, cuda.machine = cuda.machine, self.machine
@@ -132,7 +136,7 @@ class OnCpu:
         self, prepared: cuda.Prepared, kernel: str, x: torch.Tensor, residual: torch.Tensor | None = None, gated=False
     ) -> torch.Tensor:
         """prepared.run with a fresh, poisoned y, of which every byte must have been written."""
-        self.prepared, self.kernel, self.x, self.fault, self.launched = prepared, kernel, x, None, []
+        self.prepared, self.kernel, self.x, self.fault, self.launched, self.grids = prepared, kernel, x, None, [], []
         self.residual, self.columns = residual, prepared.n // 2 if gated else prepared.n
         with Allocations() as self.allocations:
             try:
@@ -178,6 +182,7 @@ class OnCpu:
         one = launch.contents
         name = one.name.decode()
         self.launched.append(name)
+        self.grids.append(tuple(one.grid))
         try:
             if name not in self.programs:
                 raise FAULTS["BadLaunch"](f"no PTX of kernel {name}")

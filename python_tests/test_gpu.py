@@ -210,6 +210,27 @@ def test_layers_move_between_devices():
         layer(x)
 
 
+def test_measured_tiles_are_right_and_used(monkeypatch, tmp_path):
+    """Every row, tile and split that `llmfp4 tune` tries; then those of a layer, from the file."""
+    from llmfp4_kernels.backends import cuda_choices, cuda_tune, graphs, measured
+
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path))
+    (_, n, k), device, dtype = SHAPES[-1], torch.ones(1).cuda().device, torch.bfloat16
+    problem, watch = Problem.of(random_packed(n, k, E2M1, E2M1), 1, dtype), graphs.Stopwatch(device)
+    subject = cuda_tune.Subject(problem, watch, device)
+    for m in (4, 100):
+        outcome = cuda_tune.tune(subject, m, dtype, watch, 60)
+        best = {row.config.kernel: row for row in outcome.rows}
+        assert outcome.left_out == [] and set(best) == rows(m)
+        cuda_choices.put(outcome.rows, cuda.machine, device, tmp_path)
+        prepared = cuda.Prepared(subject.packed.to(device), None)
+        for name, row in best.items():
+            plan = prepared.plan(name.removeprefix("cuda."), m, dtype, cuda.machine.multiprocessors(device))
+            assert cuda_choices.tile_of(name, plan) == row.config
+        fastest = min(best.values(), key=lambda row: row.seconds)
+        assert cuda.fastest(subject.problem(m, dtype), rows(m)).config == fastest.config
+
+
 def test_tensors_that_no_kernel_takes_run_on_the_reference():
     packed = random_packed(40, 130, E1M2, scale=E4M3, group_size=24)
     with pytest.warns(UserWarning, match="groups of 24"):

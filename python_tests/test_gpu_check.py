@@ -46,18 +46,20 @@ def test_gpu_check_runs_what_there_is_time_for(passed, stages, monkeypatch):
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)
     gpu_check_after(passed, [], monkeypatch)
     left = 480 - 90 - 30 - passed
-    tune = [min(60, left), "-m", "llmfp4_kernels", "tune", "--shape", "4096x4096", "--recipe"]
+    tune = [min(60, left), "-m", "llmfp4_kernels", "tune", "--backend", "triton", "--shape", "4096x4096", "--recipe"]
     ends = ["--seconds", "10", "--m", "1", "16", "64"]
+    few = ["--shapes", "4096x4096", "--schemes", "llm-fp4", "llm-fp4-a16", "--m", "1", "16", "64", "1024"]
     stages_of = {name: (seconds, [min(seconds, left), *command]) for name, seconds, command in (
         ("test_gpu", 150, ["-m", "pytest", "-q", "-rs", "python_tests/test_gpu.py"]),
         ("test_gpu_triton", 150, ["-m", "pytest", "-q", "-rs", "python_tests/test_gpu_triton.py"]),
         ("golden", 60, ["benchmarks/golden.py"]),
+        ("choices", 90, ["benchmarks/choices.py", *few, "--limit", "60"]),
         ("llama", 105, ["benchmarks/llama.py", "--limit", "75"]),
     )}  # fmt: skip
     fit = {name: [command] if left >= seconds / 2 else [] for name, (seconds, command) in stages_of.items()}
     rest = 90 + max(left, 0)
     expected = [
-        *fit["test_gpu"], *fit["test_gpu_triton"], *fit["golden"], "sanitize",
+        *fit["test_gpu"], *fit["test_gpu_triton"], *fit["golden"], "sanitize", *fit["choices"],
         *([*tune, recipe, *ends] for recipe in ("llm-fp4", "llm-fp4-a16") if left >= 195),
         *fit["llama"], [rest + 60, "benchmarks/gpu.py", "--limit", str(rest)],
     ]  # fmt: skip

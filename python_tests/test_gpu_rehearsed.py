@@ -10,7 +10,7 @@ from cuda_on_cpu import OnCpu, all_kernels
 from ptx import missing
 
 from llmfp4_kernels import native
-from llmfp4_kernels.backends import cuda
+from llmfp4_kernels.backends import cuda, graphs
 from llmfp4_kernels.formats import E2M1, E4M3, E8M0
 from llmfp4_kernels.packed import PackedFP4
 from llmfp4_kernels.problem import Problem
@@ -56,7 +56,7 @@ def gpu(request, monkeypatch):
     programs = all_kernels()
     if request.param == (9, 0):
         programs = [*programs, *(p for p in all_kernels("sm_90a") if "gemm_sm90_int8_32" in p.names)]
-    with Rehearsal(programs, capability=request.param) as machine:
+    with Rehearsal(programs, 16, capability=request.param) as machine:
         yield machine
 
 
@@ -67,6 +67,13 @@ def test_each_kind_of_test(gpu):
     test_gpu.test_groups_of_integers((E8M0, 32))
     if gpu.machine.capability(0) == (9, 0):
         test_gpu.test_fp8_activations("e4m3fn")
+
+
+def test_how_tiles_are_measured(gpu, monkeypatch, tmp_path):
+    watch = SimpleNamespace(wait=lambda: None, copies=lambda size: 2)
+    watch.turns = lambda calls, x: SimpleNamespace(seconds=lambda budget: float(len(calls)))
+    monkeypatch.setattr(graphs, "Stopwatch", lambda device: watch)
+    test_gpu.test_measured_tiles_are_right_and_used(monkeypatch, tmp_path)
 
 
 def test_what_the_memory_checker_runs(gpu):

@@ -93,10 +93,11 @@ def test_activations_that_are_no_integers(activation, dynamic):
 @pytest.mark.parametrize("problem", [Problem(1, 1024, 4096, E2M1, E2M1), Problem(40, 1000, 2056, E2M1)], ids=str)
 def test_tiles_are_tuned_and_used(problem, monkeypatch, tmp_path):
     """Tiles may not fit this GPU; none is wrong."""
+    from llmfp4_kernels.backends import measured
     from llmfp4_kernels.backends.graphs import Stopwatch
     from llmfp4_kernels.backends.triton import tune, tuned
 
-    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path))
     problem, device = dataclasses.replace(problem, device="cuda", dtype=torch.bfloat16), torch.device("cuda")
     row, left_out = tune.tune(problem, Stopwatch(device), device, 8)
     assert not [why for _, why in left_out if "reference" in why]

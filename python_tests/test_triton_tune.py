@@ -11,10 +11,10 @@ from cases import same_bits
 from triton_on_cpu import SMALL, WHY_NOT, OnCpu
 
 from llmfp4_kernels import cli, formats, reference
-from llmfp4_kernels.backends import graphs, triton
+from llmfp4_kernels.backends import graphs, measured, triton
+from llmfp4_kernels.backends.judge import Judge, random_weight
 from llmfp4_kernels.backends.triton import configs, machine, tuned
 from llmfp4_kernels.backends.triton.form import Form
-from llmfp4_kernels.backends.triton.judge import Judge, random_weight
 from llmfp4_kernels.errors import NoKernel
 from llmfp4_kernels.formats import E2M1, E4M3, RECIPES, Dynamic
 from llmfp4_kernels.problem import Problem
@@ -49,7 +49,7 @@ def few_tiles(monkeypatch, tmp_path):
     """Two small tiles and a guess, whose PTX is short."""
     from llmfp4_kernels.backends.triton import tune
 
-    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path))
     monkeypatch.setitem(configs.TABLE, ("gemv", 8), ((16, SMALL),))
     monkeypatch.setattr(tune, "tiles", lambda *_: [SMALL, DEEP])
     return tune
@@ -200,9 +200,9 @@ def test_the_command(few_tiles, monkeypatch, capsys):
         assert tuned.choose(Form.of("gemv", PROBLEM), 3, torch.device("cpu")).config.block_k == 128
         assert cli.main(["tune", *argv]) == 0
     shown, progress = capsys.readouterr()
-    assert progress == "1 of 1, m = 3, n = 40, k = 300 on cpu\n"
+    assert progress == "triton: 1 of 1, m = 3, n = 40, k = 300\n"
     assert "triton.gemv int8 m = 3, n = 40, k = 300: 10.0 us, 3.00 times as fast as the guess (32x8x128, " in shown
-    assert shown.endswith(f"wrote {result['file']}\n")
+    assert shown.endswith(f"wrote {result['files']['triton']}\n")
 
 
 def test_a_models_layers_are_its_forms(monkeypatch):
@@ -216,18 +216,18 @@ def test_a_models_layers_are_its_forms(monkeypatch):
     asked = SimpleNamespace(shape=["64x96"], model="folder", recipe="mxfp4", dtype="bfloat16", m=None)
     problems = tuning._problems(asked)
     assert {p.device for p in problems} == {"cuda"} and {p.dtype for p in problems} == {torch.bfloat16}
-    assert [(p.n, p.k, p.scale.name, p.m) for p in problems] == [
-        (n, k, scale, m)
-        for n, k, scale in ((64, 96, "e8m0"), (96, 64, "e8m0"), (64, 96, "e4m3"))
-        for m in tuning.TOKENS
-    ]
+    for backend in (tuning._Triton, tuning._Cuda):
+        forms = {backend.form(problem): problem for problem in problems}
+        assert [(p.n, p.k, p.scale.name) for p in forms.values()] == [
+            (64, 96, "e8m0"), (96, 64, "e8m0"), (64, 96, "e4m3")]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_without_a_gpu_is_refused(capsys):
     code, result = run(capsys, "--shape", "64x64")
     assert code == 2 and result["error"] == (
-        "tiles are measured on the GPU that runs them: there is no GPU that torch can use"
+        "tiles are measured on the GPU that runs them: "
+        "cuda: there is no GPU that torch can use; triton: there is no GPU that torch can use"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmfp4_kernels import cli
-from llmfp4_kernels.backends import cuda, triton
+from llmfp4_kernels.backends import cuda, measured, triton
 from llmfp4_kernels.backends.triton import configs, machine, tuned
 from llmfp4_kernels.backends.triton.form import Form
 from llmfp4_kernels.errors import BadFile
@@ -26,13 +26,13 @@ GPU = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, tmp_path):
     """A machine with an sm_90 that was never seen, and an empty cache folder."""
-    monkeypatch.setenv(tuned.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path / "cache"))
     monkeypatch.setattr(machine.here, "capability", lambda index=None: (9, 0), raising=False)
     monkeypatch.setattr(machine.here, "multiprocessors", lambda device: 132, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU (SXM)")
-    tuned._known.cache_clear()
+    measured.forget()
     yield
-    tuned._known.cache_clear()
+    measured.forget()
 
 
 def row(m=16, form=FORM, config=TILE, **more):
@@ -45,24 +45,28 @@ def guess(m=16):
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
-    assert tuned.cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv(tuned.FOLDER)
+    assert measured.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv(measured.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.cache_folder() == tmp_path / "llmfp4_kernels"
+    assert measured.cache_folder() == tmp_path / "llmfp4_kernels"
     for nothing in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert tuned.cache_folder() == tmp_path / "home" / ".cache" / "llmfp4_kernels"
+        assert measured.cache_folder() == tmp_path / "home" / ".cache" / "llmfp4_kernels"
 
 
 def test_a_measured_tile_is_chosen_and_others_are_guessed():
-    assert tuned.choose(FORM, 16, GPU) == tuned.Choice(guess(), f"guessed: there is no {path()}")
+    assert tuned.choose(FORM, 16, GPU) == tuned.Choice(
+        guess(), f"guessed: there is no triton-*.json in {path().parent} or {measured.SHIPPED}"
+    )
     assert tuned.put(row(), GPU) == path() and path().name == "triton-some-gpu-sxm-132.json"
     choice = tuned.choose(FORM, 16, GPU)
     assert choice.config == TILE and choice.source == "measured at m = 16, 2000-01-01, commit unknown"
     for changes in (dict(n=4097), dict(k=64), dict(scale=E4M3, group_size=16), dict(activation=None)):
         form = Form.of("gemv", dataclasses.replace(PROBLEM, **changes))
-        assert tuned.choose(form, 16, GPU).source == f"guessed: {path()} has no measurement for it"
+        assert tuned.choose(form, 16, GPU).source.startswith(
+            f"guessed: {path()} has no measurement for it; there is no "
+        )
     assert [entry.name for entry in path().parent.iterdir()] == [path().name]
 
 
@@ -78,9 +82,8 @@ def test_rows_of_one_form_and_m_replace_each_other():
 def test_which_tokens_a_measurement_serves():
     gemm = dataclasses.replace(FORM, kernel="gemm")
     rows = [row(1), row(16), row(64, gemm), row(256, gemm)]
-    served = {
-        m: {r.m for r in rows if r.serves(FORM if m <= 16 else gemm, m)} for m in (1, 2, 16, 17, 64, 65, 256, 257)
-    }
+    served = {m: {r.m for r in rows if r.form == (FORM if m <= 16 else gemm) and measured.serves(r.m, m)}
+              for m in (1, 2, 16, 17, 64, 65, 256, 257)}  # fmt: skip
     assert served == {1: {1, 16}, 2: {16}, 16: {16}, 17: {64}, 64: {64}, 65: {256}, 256: {256}, 257: set()}
     tuned.put(row(16), GPU)
     tuned.put(row(1, config=guess()), GPU)
@@ -88,7 +91,7 @@ def test_which_tokens_a_measurement_serves():
 
 
 def path():
-    return tuned.Conditions.here(GPU).path
+    return measured.cache_folder() / tuned.KIND.file(tuned.Conditions.here(GPU))
 
 
 def change(*keys, value):
@@ -133,12 +136,20 @@ BAD = [
     (change("rows", 0, "m", value="16"), "m is '16', expected int"),
     (change("rows", 0, "m", value=True), "m is True, expected int"),
     (change("rows", 0, "m", value=0), "is no product of these kernels"),
-    (change("rows", 0, "form", "kernel", value="gemx"), "is no product of these kernels"),
-    (change("rows", 0, "seconds", value=float("nan")), "takes nan and 2e-05 s"),
-    (change("rows", 0, "config", "warps", value=4), "tile that does not run: 4 warps would multiply some of 32 rows"),
-    (change("rows", 0, "config", "tokens", value=24), "tile that does not run: tokens = 24 is none of"),
-    (change("rows", 0, "config", "splits", value=1000), "tile that does not run: splits = 1000 of k = 4096 are not 1"),
+    (change("rows", 0, "form", "kernel", value="gemx"), "does not run: there is no kernel gemx of int8"),
+    (change("rows", 0, "seconds", value=float("nan")), "says seconds = nan"),
+    (change("rows", 0, "config", "warps", value=4), "does not run: 4 warps would multiply some of 32 rows"),
+    (change("rows", 0, "config", "tokens", value=24), "does not run: tokens = 24 is none of"),
+    (change("rows", 0, "config", "splits", value=1000), "does not run: splits = 1000 of k = 4096 are not 1"),
     (without("rows", 0, "config", "splits"), "a config has the fields"),
+    (
+        change("rows", 0, "config", value=dataclasses.asdict(configs.Config(256, 256, 256, 8, 8, 1))),
+        "does not run: 131072 sums are 512 of each of 256 threads, which have 255 registers",
+    ),
+    (
+        change("rows", 0, "config", value=dataclasses.asdict(configs.Config(256, 64, 256, 8, 4, 1))),
+        "does not run: 4 stages take 245760 bytes of shared memory or more, sm_90 has 232448",
+    ),
 ]
 
 
@@ -146,9 +157,9 @@ BAD = [
 def test_a_file_that_does_not_hold_here_is_left_aside_with_a_warning(damage, sentence):
     tuned.put(row(), GPU)
     path().write_text(damage(json.loads(path().read_text())))
-    tuned._known.cache_clear()
+    measured.forget()
     with pytest.raises(BadFile, match=sentence):
-        tuned.read(path(), tuned.Conditions.here(GPU))
+        measured.read(tuned.KIND, path(), tuned.Conditions.here(GPU))
     with pytest.warns(UserWarning, match=f"measured tiles are not used: {path()}.*{sentence}.*'llmfp4 tune'"):
         choice = tuned.choose(FORM, 16, GPU)
     assert choice.config == guess() and choice.source.startswith(f"guessed: {path()}")
@@ -165,7 +176,7 @@ def test_a_tile_before_which_triton_forgets_a_fence_is_left_aside(monkeypatch):
     tuned.put(row(config=wide), GPU)
     assert tuned.choose(FORM, 16, GPU).config == wide
     monkeypatch.setattr(machine, "version", lambda: (3, 6))
-    tuned._known.cache_clear()
+    measured.forget()
     with pytest.warns(UserWarning, match="4 warps use wgmma"):
         assert tuned.choose(FORM, 16, GPU).config.warps == 2
 

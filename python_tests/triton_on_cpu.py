@@ -24,11 +24,12 @@ from types import SimpleNamespace
 import torch
 from ptx import In, Out, Program, build
 
+from llmfp4_kernels.backends import measured
 from llmfp4_kernels.backends.triton import configs, machine, tuned
 from llmfp4_kernels.problem import Kernel
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE.parent / "triton"))
-os.environ[tuned.FOLDER] = str(build.CACHE.parent / "no-measured-tiles")
+os.environ[measured.FOLDER] = str(build.CACHE.parent / "no-measured-tiles")
 WHY_NOT = machine.problem_with_triton() or build.cannot_run()
 READ_ONLY = {
     "product": ("codes", "x", "row_scale", "bias", "x_scale", "scales"),

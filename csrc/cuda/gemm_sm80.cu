@@ -56,16 +56,16 @@ GEMM_NARROW(bf16_grouped, Halves<Bf16>, true)
 
 namespace llmfp4::cuda {
 
-// The narrowest tile that holds all rows; k is split while a multiprocessor would have no block.
+// By counting: the narrowest tile that holds all rows; k is split while a multiprocessor would have no block.
 void plan_gemm_sm80(const Weight& w, int multiprocessors, Plan& plan) {
     constexpr int outs_of[] = {64, 128, 128}, rows_of[] = {32, 64, 128}, least_units = 8;  // of a split
-    plan.kernel = plan.rows <= 32 ? 0 : plan.rows <= 64 || plan.narrow ? 1 : 2;
-    const int rows = rows_of[plan.kernel], outs = outs_of[plan.kernel];
+    const int counted = plan.rows <= 32 ? 0 : plan.rows <= 64 || plan.narrow ? 1 : 2;
+    plan.kernel = plan.choose_tile(counted, 0, plan.narrow ? 1 : 2);
+    const int rows = plan.tile_rows = rows_of[plan.kernel], outs = plan.tile_outs = outs_of[plan.kernel];
     plan.grid[0] = (plan.rows + rows - 1) / rows, plan.grid[1] = (w.n + outs - 1) / outs;
     const int blocks = int(plan.grid[0] * plan.grid[1]), units = int(UnitLayout{w.n, w.k}.units_k());
     const int most = units / least_units, few = multiprocessors / blocks;
-    plan.splits = most < few ? most : few;
-    if (plan.splits < 1) plan.splits = 1;
+    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
     plan.grid[2] = plan.splits;
     plan.counters = plan.splits > 1 ? blocks : 0;
 }

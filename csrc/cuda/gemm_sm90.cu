@@ -69,11 +69,12 @@ void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
     // leaves no more multiprocessors without work. By counting, not by measuring.
     const bool widest = (plan.exact || plan.fast_sums) && 2 * waves_of(3) <= waves_of(2);
     plan.kernel = plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
+    plan.kernel = plan.choose_tile(plan.kernel, 0, (plan.exact || plan.fast_sums) ? 3 : 2);
+    plan.tile_outs = sm90_outs, plan.tile_rows = rows_of[plan.kernel];
     const int rows = rows_of[plan.kernel], blocks = blocks_of(plan.kernel);
     plan.grid[0] = blocks / columns, plan.grid[1] = columns;
     const int most = units / least_units, few = multiprocessors / blocks;
-    plan.splits = most < few ? most : few;
-    if (plan.splits < 1) plan.splits = 1;
+    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
     plan.grid[2] = plan.splits;
     plan.counters = plan.splits > 1 ? blocks : 0;
     plan.direct = false, plan.blocked_rows = int(plan.grid[0]) * rows;

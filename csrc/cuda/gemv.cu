@@ -40,21 +40,22 @@ GEMV(bf16_grouped, Halves<Bf16>, true)
 
 namespace llmfp4::cuda {
 
-// Enough blocks for two on each multiprocessor (32 KB of loads under way), as long as every warp keeps `depth` units.
+// Tiles are 1, 2 and 4 strips by 8 rows, then the same by 16. By counting: enough blocks for two on each multiprocessor
+// (32 KB of loads under way), as long as every warp keeps `depth` units.
 void plan_gemv(const Weight& w, int multiprocessors, Plan& plan) {
     if (plan.rows > gemv_rows_limit)
         throw std::invalid_argument("gemv takes up to " + std::to_string(gemv_rows_limit) + " rows, not " +
                                     std::to_string(plan.rows));
     const UnitLayout at{w.n, w.k};
     const int strips = int(at.strips()), units = int(at.units_k());
-    const int wanted = plan.rows <= 2 ? 1 : plan.rows <= 8 ? 2 : 4;
-    plan.kernel = plan.rows > 8;
-    plan.warps_n = wanted < strips ? wanted : strips >= 2 ? 2 : 1;
+    const int wanted = plan.rows <= 2 ? 0 : plan.rows <= 8 ? 1 : 2, least = plan.rows > 8 ? 3 : 0;
+    const int tile = plan.choose_tile(least + (1 << wanted < strips ? wanted : strips >= 2), least, 5);
+    plan.kernel = tile / 3, plan.warps_n = 1 << tile % 3;
+    plan.tile_outs = unit_n * plan.warps_n, plan.tile_rows = 8 * (plan.kernel + 1);
     const int blocks = (strips + plan.warps_n - 1) / plan.warps_n;
     const int most = units / (gemv_warps / plan.warps_n * gemv_depth);
     const int few = (2 * multiprocessors + blocks - 1) / blocks;
-    plan.splits = most < few ? most : few;
-    if (plan.splits < 1) plan.splits = 1;
+    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
     plan.grid[0] = blocks, plan.grid[1] = plan.splits, plan.grid[2] = 1;
     plan.counters = plan.splits > 1 ? blocks : 0;
 }

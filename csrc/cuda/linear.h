@@ -52,24 +52,59 @@ struct Activations {
 // the same as packed codes.
 enum class Inputs { shifted, plain, packed };
 
+// A tile, by its place among its family's, and splits of the sum over k that were measured. Without them they follow
+// from counting.
+struct Forced {
+    int tile = -1, splits = 0;
+};
+
+constexpr int most_blocks = 8;  // of a multiprocessor, of a product whose sums are shared: more would only take memory
+
 // Which kernel of a family multiplies, and how its blocks share the work: decided once, for the workspace and the
 // launch.
 struct Plan {
+    Forced forced;
     int kernel;        // index into the family's instances
     int planes, rows;  // of activation operands: rows = planes · m
     bool exact;        // sums are integers
     bool direct;       // x itself is the operand
     int blocked_rows;  // of operands in the order of blocks.h; 0: they are in row order
     Inputs inputs;
-    bool fast_sums;        // sums of 8-bit floats stay in the tensor core
-    bool narrow;           // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
-    uint32_t grid[3];      // of the product
-    int splits, warps_n;   // blocks that share a sum over k; strips side by side in a block (gemv)
+    bool fast_sums;       // sums of 8-bit floats stay in the tensor core
+    bool narrow;          // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
+    uint32_t grid[3];     // of the product
+    int splits, warps_n;  // blocks that share a sum over k; strips side by side in a block (gemv)
+    int tile, first_tile, last_tile, most_splits;  // the tile's place among the family's; what may be forced
+    int tile_outs, tile_rows;
     size_t x_bytes;        // of activation operands
     size_t scale_bytes;    // of their scales
     size_t partial_bytes;  // of sums that blocks share
     size_t counters;       // of blocks that have arrived, one per tile
     size_t bytes() const { return x_bytes + scale_bytes + partial_bytes; }
+
+    // The place of the tile: the forced one, or `counted`. Throws std::invalid_argument unless it is first to last.
+    int choose_tile(int counted, int first, int last) {
+        first_tile = first, last_tile = last, tile = forced.tile == -1 ? counted : forced.tile;
+        if (tile < first || tile > last)
+            throw std::invalid_argument("tile " + std::to_string(tile) + " is none of " + std::to_string(first) +
+                                        " to " + std::to_string(last) + ", which " + std::to_string(rows) +
+                                        " rows of such operands have");
+        return tile;
+    }
+    // Blocks that share a sum: those forced, or `counted`, at least one. Throws std::invalid_argument beyond the units
+    // of k, and beyond most_blocks.
+    int choose_splits(int counted, int units, int blocks, int multiprocessors) {
+        const int wanted = forced.splits ? forced.splits : counted > 1 ? counted : 1;
+        most_splits = most_blocks * multiprocessors / blocks;
+        if (most_splits > units) most_splits = units;
+        if (most_splits < 1) most_splits = 1;
+        if (wanted < 1 || wanted > most_splits)
+            throw std::invalid_argument("splits = " + std::to_string(wanted) + " are not 1 to " +
+                                        std::to_string(most_splits) + ": the sum has " + std::to_string(units) +
+                                        " units of k, and " + std::to_string(multiprocessors) + " multiprocessors " +
+                                        std::to_string(blocks) + " tiles");
+        return wanted;
+    }
 };
 
 struct Call {
@@ -86,7 +121,7 @@ struct Call {
 
 constexpr int gemv_rows_limit = 16;
 
-// Grid and kernel for plan.rows rows; with_operands has filled in the rest.
+// Grid and kernel for plan.rows rows; Family::divide has filled in the rest.
 void plan_gemv(const Weight&, int multiprocessors, Plan&);
 void plan_gemm_sm80(const Weight&, int multiprocessors, Plan&);
 void plan_gemm_sm90(const Weight&, int multiprocessors, Plan&);
@@ -115,16 +150,22 @@ struct Family {
             throw std::invalid_argument(std::string("the kernel '") + name + "' does not take these activations");
     }
 
-    Plan plan(const Weight& w, const Activations& a, int m, Dtype dtype, int multiprocessors) const {
+    // Of plan.rows rows of operands, whose sums are integers (plan.exact) or not.
+    void divide(const Weight& w, int multiprocessors, Plan& plan) const {
+        plan.inputs = inputs, plan.fast_sums = fast_sums;
+        plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !plan.exact);
+        share(w, multiprocessors, plan);
+    }
+
+    Plan plan(const Weight& w, const Activations& a, int m, Dtype dtype, int multiprocessors, Forced forced) const {
         if (inputs != Inputs::shifted) require_shift_on_weights(w, a, dtype);
         Plan plan{};
-        plan.inputs = inputs, plan.fast_sums = fast_sums;
+        plan.forced = forced;
         plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
         plan.rows = plan.planes * m;
-        plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !a.integer());
         plan.exact = a.integer();
         plan.direct = !a.quantized() && plan.planes == 1 && w.k % 8 == 0;
-        share(w, multiprocessors, plan);
+        divide(w, multiprocessors, plan);
         const size_t padded_k = UnitLayout{w.n, w.k}.padded_k();
         const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
         plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);

@@ -6,7 +6,9 @@ native module's launcher: whoever replaces both runs the same Python, checks and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Container
 
 import torch
 
@@ -16,9 +18,11 @@ from ..formats import E8M0
 from ..layout import to_layout
 from ..packed import PackedFP4
 from ..problem import Kernel, Problem
-from . import cuda_sm90
+from . import cuda_choices, cuda_sm90
 from .cpu import largest_k
+from .cuda_choices import Form, planes
 from .gpu import Machine, Queue, runs_on, sm, unusable
+from .measured import Choice
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GEMV_ROWS = 16
@@ -68,10 +72,15 @@ def shuffle_group_scales(packed: PackedFP4) -> tuple[torch.Tensor, torch.Tensor]
 
 
 class Prepared:
-    """Units, scales and bias of one weight, and the C++ object that holds their addresses."""
+    """Units, scales and bias of one weight, and the C++ object that holds their addresses; what was measured of such
+    products is read here, not at a call."""
+
+    measured: cuda_choices.Known | None = None
+    """None: nothing is, of products like this weight's."""
 
     def __init__(self, packed: PackedFP4, bias: torch.Tensor | None):
         packed = to_layout(packed, "units")
+        self.problem = Problem.of(packed, 1, torch.float32)
         self.n, self.k = packed.shape
         self.device, self.plans = packed.codes.device, {}
         self.tensors = {"codes": packed.codes.contiguous(), "row_scale": packed.row_scale.contiguous()}
@@ -95,6 +104,7 @@ class Prepared:
             shift_alone = {} if packed.x_factor is not None else {"shift": self._padded("shift", packed.shift, 0)}
             self._linear.scale_activations(self._padded("x_factor", factor, 0), **shift_alone)
         self._check_devices()
+        self.measured = measured_here(self.device)
 
     def _padded(self, name: str, per_input: torch.Tensor, filler: int) -> int:
         """Address of a tensor [k] padded to whole units."""
@@ -131,7 +141,7 @@ class Prepared:
         dtype = DTYPES[x.dtype]
         plan = self.plans.get((name, m, dtype))
         if plan is None:
-            plan = self.plans[name, m, dtype] = self._linear.plan(name, m, dtype, queue.multiprocessors)
+            plan = self.plans[name, m, dtype] = self.plan(name, m, x.dtype, queue.multiprocessors)
         workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
         arrived = _arrived(queue, plan.counters, x.device)
         with machine.on(self.device):
@@ -142,14 +152,42 @@ class Prepared:
             )  # fmt: skip
         return y
 
+    def plan(self, name: str, m: int, dtype: torch.dtype, multiprocessors: int, forced: tuple[int, int] | None = None):
+        """CudaPlan of the row cuda.NAME: in the forced (tile, splits), else the measured, else the counted ones.
 
-def planes(problem: Problem) -> int:
-    """Rows of operands that a row of activations becomes: csrc/cuda/linear.h has the same."""
-    activation = problem.activation
-    if activation:  # int8; E3M0 with a shift takes two
-        return 2 if problem.shift and activation.max_integer << activation.max_shift > 127 else 1
-    # bf16 parts
-    return 4 if problem.dtype == torch.float32 else 2 if problem.x_factor or problem.shift else 1
+        Raises ValueError where the product does not have those.
+        """
+        if forced is None and self.measured:
+            form = Form.of(dataclasses.replace(self.problem, dtype=dtype))
+            found = cuda_choices.choose(self.measured, form, m, (f"cuda.{name}",), multiprocessors)
+            forced = found and (found[0].tile, found[0].splits)
+        return self._linear.plan(name, m, DTYPES[dtype], multiprocessors, *(forced or ()))
+
+
+def measured_here(device: torch.device) -> cuda_choices.Known:
+    """What was measured on a GPU."""
+    return cuda_choices.known(machine, torch.device(machine.device_type, device.index))
+
+
+def fastest(problem: Problem, kernels: Container[str]) -> Choice | None:
+    """The measured row of the registry and its tile, for a problem that these rows take."""
+    device = torch.device(machine.device_type, problem.device_index)
+    known = measured_here(device)
+    if not known.files:
+        return None
+    found = cuda_choices.choose(known, Form.of(problem), problem.m, kernels, machine.multiprocessors(device))
+    return found and Choice(*found)
+
+
+def tile(name: str, problem: Problem) -> Choice | None:
+    """The tile in which the row `name` runs a problem that it takes, and where it is from; None of options."""
+    if name not in cuda_choices.NAMES:
+        return None
+    if measured := fastest(problem, (name,)):
+        return measured
+    device = torch.device(machine.device_type, problem.device_index)
+    plan = cuda_choices.division(name, Form.of(problem), problem.m, machine.multiprocessors(device))
+    return Choice(cuda_choices.tile_of(name, plan), measured_here(device).lacking)
 
 
 def _unusable(problem: Problem) -> str | None:
@@ -211,5 +249,5 @@ def _refusal_of_groups(problem: Problem) -> str | None:
 
 KERNELS = tuple(
     Kernel(f"cuda.{name}", "units", functools.partial(refusal, name), Prepared, fuses_epilogue=True)
-    for name in ("gemv", "sm90", "sm80")
+    for name in (row.removeprefix("cuda.") for row in cuda_choices.NAMES)
 )

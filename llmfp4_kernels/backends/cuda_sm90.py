@@ -1,7 +1,8 @@
 """What cuda.sm90 (csrc/cuda/gemm_sm90.h: Hopper's wgmma) takes, beyond what every CUDA kernel asks for.
 
 It stands behind cuda.gemv in the registry and before cuda.sm80: from GEMV_ROWS rows on it is asked first. That order,
-and the tiles that csrc/cuda/gemm_sm90.cu chooses, follow from the sizes alone; neither has been measured.
+and the tiles that csrc/cuda/gemm_sm90.cu chooses, follow from the sizes alone, where cuda_choices.py knows no measured
+ones.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from ...packed import PackedFP4
 from ...problem import Kernel, Prepared, Problem
 from ..cpu import largest_k
 from ..gpu import unusable
+from ..measured import Choice, Known
 from . import configs, machine, tuned
 from .form import Form
 
@@ -76,7 +77,12 @@ def refusal(name: str, problem: Problem) -> str | None:
     return None
 
 
-def tile(name: str, problem: Problem) -> tuned.Choice:
+def measured_here(device: torch.device) -> Known:
+    """What was measured on a GPU."""
+    return tuned.known(torch.device(machine.here.device_type, device.index))
+
+
+def tile(name: str, problem: Problem) -> Choice:
     """The tile in which the row `name` runs a problem that it takes, on the current GPU, and where it is from."""
     form, device = Form.of(name.removeprefix("triton."), problem), torch.device(machine.here.device_type)
     return tuned.choose(form, problem.m, device)

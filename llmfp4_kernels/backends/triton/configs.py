@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...packed import padded_inputs
+from ..gpu import sm
 from .form import Form
 
 GEMV_TOKENS = 16
@@ -15,6 +16,11 @@ themselves (sm_90 and later). 3.6.0 does not, and they may read before the copy 
 ROWS, TOKENS, BLOCKS_K, WARPS, STAGES = (32, 64, 128, 256), (8, 16, 32, 64, 128, 256), (64, 128, 256), (1, 2, 4, 8), 8
 """What a tile may have; stages up to this. From 64 inputs on, a step has whole lines of codes and of int8 operands."""
 SPLIT_LIMIT = 65535
+REGISTERS = 255
+"""Of a thread."""
+SHARED_KB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (12, 0): 99, (12, 1): 99}
+"""Shared memory of a block by compute capability, 227 of others from 9.0 on. CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability"."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,15 @@ def refusal(config: Config, form: Form, capability: tuple[int, int], version: tu
             return f"{name} = {value} is none of {', '.join(map(str, allowed))}"
     if not 1 <= config.stages <= STAGES:
         return f"stages = {config.stages} are not 1 to {STAGES}"
+    sums, threads = 2 * form.planes * config.rows * config.tokens, 32 * config.warps
+    if sums > REGISTERS * threads:
+        return f"{sums} sums are {sums // threads} of each of {threads} threads, which have {REGISTERS} registers"
+    # Triton keeps what all stages but one load, and scales, or what wgmma asks for, beside it.
+    tokens = config.tokens * form.bits // 8 * form.planes * form.parts
+    shared = (config.stages - 1) * config.block_k * (config.rows + tokens)
+    most = SHARED_KB.get(capability, 227) << 10
+    if shared > most:
+        return f"{config.stages} stages take {shared} bytes of shared memory or more, {sm(capability)} has {most}"
     if config.rows < 16 * config.warps:
         return f"{config.warps} warps would multiply some of {config.rows} rows twice, each needs 16 of its own"
     if unfenced(capability, version) and config.warps % 4 == 0:

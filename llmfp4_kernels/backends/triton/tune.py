@@ -9,32 +9,30 @@ import copy
 import dataclasses
 import datetime
 import functools
-import statistics
-import subprocess
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from ...errors import NoKernel
 from ...problem import Problem
 from ..graphs import Stopwatch
+from ..judge import Judge, random_weight
+from ..measured import commit
+from ..trials import Trials
 from . import configs, machine, refusal
 from .configs import Config
 from .form import Form
-from .judge import Judge, random_weight
 from .prepared import Prepared
 from .tuned import Row
 
-FINALISTS, ROUNDS, BUDGET = 4, 5, 0.01
-"""Tiles that are timed in turn, how often, and seconds of each timing."""
-REGISTERS = 128
-"""Sums that a thread may hold: half of its registers."""
+FINALISTS = 4
+"""Tiles that are timed in turn."""
+SUMS = (configs.REGISTERS + 1) // 2
+"""That a thread may hold."""
 
 
 def tiles(form: Form, m: int, capability: tuple[int, int], version: tuple[int, int]) -> list[Config]:
-    """Tiles worth trying, without splits, small ones first."""
+    """Tiles worth trying that run, without splits, small ones first."""
     unfenced = configs.unfenced(capability, version)
     if form.kernel == "gemv":
         tokens, depths = [8 if m <= 8 else configs.GEMV_TOKENS], ((64, 6), (128, 4), (256, 3))
@@ -42,83 +40,51 @@ def tiles(form: Form, m: int, capability: tuple[int, int], version: tuple[int, i
     else:
         tokens, depths = [t for t in (32, 64, 128) if t == 32 or t < 2 * m], ((64, 4), (128, 3))
         shares = ((32, 2), (64, 2)) if unfenced else ((64, 4), (128, 8), (128, 4))
-    return [
+    made = [
         Config(rows, count, block_k, warps, stages)
         for count in tokens
         for rows, warps in shares
-        if rows * count * 2 * form.planes <= REGISTERS * 32 * warps
+        if rows * count * 2 * form.planes <= SUMS * 32 * warps
         for block_k, stages in depths
     ]
+    once = ((config, dataclasses.replace(config, splits=1)) for config in made)
+    return [config for config, whole in once if configs.refusal(whole, form, capability, version) is None]
 
 
-@dataclass
-class Timed:
-    config: Config
-    calls: list
-    """call(y), one for each copy of the weight."""
-    seconds: float
-
-
-class Tuning:
+class Tuning(Trials):
     """One problem in any tile. Raises NoKernel where no row of ours takes it."""
 
     def __init__(self, problem: Problem, watch: Stopwatch, device: torch.device, limit_s: float):
+        from triton.runtime.errors import TritonError
+
         names = [name for name in ("gemv", "gemm") if refusal(name, problem) is None]
         if not names:
             raise NoKernel(f"no Triton kernel to tune: {refusal('gemm', problem)}")
-        self.form, self.m, self.watch = Form.of(names[0], problem), problem.m, watch
-        self.deadline = time.perf_counter() + limit_s
+        self.form, self.m, self.errors = Form.of(names[0], problem), problem.m, (TritonError, RuntimeError)
         self.limits = machine.here.capability(device.index), machine.version()
         self.multiprocessors = machine.here.multiprocessors(device)
         packed, g = random_weight(problem), torch.Generator().manual_seed(1)
         x = torch.randn(problem.m, problem.k, generator=g).to(problem.dtype)
-        self.judge, prepared = Judge(packed, x), Prepared(packed.to(device), None)
+        y = torch.empty(problem.m, problem.n, dtype=x.dtype, device=device)
+        super().__init__(watch, Judge(packed, x), y, limit_s)
+        prepared = Prepared(packed.to(device), None)
         self.operands, self.x_scale = prepared.activations(x.to(device))
-        self.y = torch.empty(problem.m, problem.n, dtype=x.dtype, device=device)
         self.weights = [prepared, *(_elsewhere(prepared) for _ in range(watch.copies(prepared.codes.numel()) - 1))]
-        self.asked: set[Config] = set()
-        self.timed: list[Timed] = []
-        self.left_out: list[tuple[Config, str]] = []
 
-    def time(self, config: Config) -> None:
-        """Checks, then times. Raises NoKernel for wrong results, TritonError or RuntimeError for what cannot run."""
-        self.asked.add(config)
-        calls = [functools.partial(w.multiply, config, self.operands, self.x_scale) for w in self.weights]
-        self.y.fill_(float("nan"))
-        calls[0](self.y)
-        self.watch.wait()
-        self.judge(self.y)
-        self.timed.append(Timed(config, calls, self.watch.turns(calls, self.y).seconds(BUDGET)))
+    def calls(self, config: Config) -> list[Callable]:
+        return [functools.partial(w.multiply, config, self.operands, self.x_scale) for w in self.weights]
 
-    def try_each(self, candidates: list[Config]) -> None:
-        """Times those that are new and run, until time is up; of the others `left_out` says why."""
-        from triton.runtime.errors import TritonError
+    def result(self, call: Callable) -> torch.Tensor:
+        call(self.argument.fill_(float("nan")))
+        return self.argument
 
-        for config in candidates:
-            if config in self.asked or configs.refusal(config, self.form, *self.limits):
-                continue
-            self.asked.add(config)
-            if time.perf_counter() > self.deadline:
-                continue
-            try:
-                self.time(config)
-            except (TritonError, RuntimeError) as error:
-                self.watch.wait()  # what broke the GPU itself is raised here
-                self.left_out.append((config, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+    def refusal(self, config: Config) -> str | None:
+        return configs.refusal(config, self.form, *self.limits)
 
     def shared(self, config: Config, times: float = 1) -> Config:
         """With `times` as many splits as configs.py gives it."""
         own = times * configs.splits(config, self.form, self.m, self.multiprocessors)
         return dataclasses.replace(config, splits=max(1, min(round(own), configs.steps(config, self.form.k))))
-
-    def fastest(self, count: int) -> list[Timed]:
-        return sorted(self.timed, key=lambda timed: timed.seconds)[:count]
-
-    def in_turn(self, finalists: list[Timed]) -> list[float]:
-        """Median seconds of each."""
-        turns = [self.watch.turns(timed.calls, self.y) for timed in finalists]
-        times = [[turn.seconds(BUDGET) for turn in turns] for _ in range(ROUNDS)]
-        return [statistics.median(column) for column in zip(*times)]
 
 
 def _elsewhere(prepared: Prepared) -> Prepared:
@@ -146,20 +112,7 @@ def tune(
     seconds = tuning.in_turn(finalists)
     best = min(range(len(finalists)), key=seconds.__getitem__)
     row = Row(
-        form, m, finalists[best].config, seconds[best], seconds[0], len(tuning.timed), len(tuning.asked), _commit(),
+        form, m, finalists[best].config, seconds[best], seconds[0], len(tuning.timed), len(tuning.asked), commit(),
         datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )  # fmt: skip
     return row, tuning.left_out
-
-
-@functools.cache
-def _commit() -> str:
-    """Of the checkout that this package runs from; "unknown" where it runs from none."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return "unknown"
-    try:
-        command = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

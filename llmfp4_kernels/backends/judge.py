@@ -7,14 +7,16 @@ import functools
 
 import torch
 
-from ... import reference
-from ...errors import NoKernel
-from ...formats import E8M0
-from ...packed import PackedFP4
-from ...problem import Problem
+from .. import reference
+from ..errors import NoKernel
+from ..formats import E8M0
+from ..packed import PackedFP4
+from ..problem import Problem
 
 CHECKED_TOKENS, CHECKED_ROWS = 16, 4096
 """Tokens and outputs whose results are checked, evenly spread, first and last among them."""
+FP8_SUMS = 2.0**-8
+"""Of Σ|x||w|: of 32 products that the tensor core adds, each may lose 2^-13 of the largest (cuda_sm90.py)."""
 
 
 def random_weight(problem: Problem) -> PackedFP4:
@@ -51,8 +53,8 @@ def _spread(length: int, count: int) -> torch.Tensor:
 class Judge:
     """judge(y) raises NoKernel unless y has the reference's values, or lies within the rounding of fp32 sums."""
 
-    def __init__(self, packed: PackedFP4, x: torch.Tensor):
-        """packed in row order, x [m, k]: both on the CPU."""
+    def __init__(self, packed: PackedFP4, x: torch.Tensor, fp8: bool = False):
+        """packed in row order, x [m, k]: both on the CPU. fp8: E4M3 activations are operands of the tensor core."""
         self.exact, self.dtype = packed.integer, x.dtype
         self.tokens, self.rows = _spread(len(x), CHECKED_TOKENS), _spread(packed.shape[0], CHECKED_ROWS)
         names = [name for name in ("codes", "row_scale", "group_scale") if getattr(packed, name) is not None]
@@ -60,9 +62,13 @@ class Judge:
         x = x[self.tokens]
         self.expected = reference.gemm(x, some)
         rounded = reference.round_activation(x, some, torch.float64)
-        self.magnitude = rounded.abs() @ reference.stored_weight(some).abs().T
+        magnitude = rounded.abs() @ reference.stored_weight(some).abs().T
         # Of Σ|x||w|: tensor cores drop what is below 2^-21 of a sum, once in 16 inputs; two bf16 parts end at 2^-17.
-        self.relative = 2.0**-17 + (packed.k / 16 + 8) * 2.0**-21
+        self.bound = (2.0**-17 + (packed.k / 16 + 8) * 2.0**-21) * magnitude
+        if fp8:
+            x_scale = reference.activation_scales(x, some).x_scale.double()
+            lost = 2.0**-9 * x_scale * (rounded.abs() < 2.0**-5 * x_scale)  # see cuda_sm90.py
+            self.bound = FP8_SUMS * magnitude + lost @ reference.stored_weight(some).abs().T
 
     def __call__(self, y: torch.Tensor) -> None:
         y = y[self.tokens.to(y.device)][:, self.rows.to(y.device)].cpu()
@@ -70,6 +76,6 @@ class Judge:
             wrong = y != self.expected.to(self.dtype)
         else:
             error = (y.double() - self.expected.double()).abs() - torch.finfo(self.dtype).eps * self.expected.abs()
-            wrong = ~(error <= self.relative * self.magnitude)
+            wrong = ~(error <= self.bound)
         if wrong.any():
             raise NoKernel(f"{int(wrong.sum())} of {y.numel()} results are not the reference's")

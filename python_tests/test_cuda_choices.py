@@ -1,0 +1,285 @@
+"""Measured rows, tiles and splits of the CUDA kernels: what a table serves, what it leads to, and how a wrong one is
+left aside."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from cases import random_packed, random_x, same_bits
+from cuda_on_cpu import OnCpu, all_kernels
+from ptx import missing
+
+from llmfp4_kernels import cli, native, reference, registry
+from llmfp4_kernels.backends import cuda, cuda_choices, measured
+from llmfp4_kernels.backends.cuda_choices import Form, Row, Tile, division
+from llmfp4_kernels.errors import BadFile
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E8M0, element
+from llmfp4_kernels.problem import Problem
+
+NO_CUDA = native.problem_with_cuda()
+pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=NO_CUDA or "")
+needs_ptx = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+FORM = Form("int8", 1, "none", 0, 150, 2100)
+HERE = torch.device("cpu")
+HOPPER = dict(multiprocessors=132, capability=(9, 0))
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "SHIPPED", tmp_path / "package")
+    measured.forget()
+    yield tmp_path / "cache"
+    measured.forget()
+
+
+def row(kernel="cuda.sm80", tile=1, size="128x64", splits=2, form=FORM, m=16, seconds=2e-5):
+    config = Tile(kernel, tile, size, splits)
+    return Row(form, m, config, seconds, 3e-5, 5, 6, "gpu_choices.jsonl", "0" * 10, "2000-01-01")
+
+
+def put(*rows, folder=None):
+    return cuda_choices.put(list(rows), cuda.machine, HERE, folder or measured.cache_folder())
+
+
+def test_divisions_are_those_of_the_launch():
+    """What is counted, and what may be forced: csrc/cuda/linear.h's choose_tile and choose_splits."""
+    gemv = division("cuda.gemv", FORM, 4, 132)
+    assert (gemv.tile, gemv.tiles, gemv.tile_size, gemv.splits, gemv.most_splits) == (1, (0, 5), "32x8", 2, 33)
+    assert [division("cuda.gemv", FORM, 9, 132, tile).tile_size for tile in (3, 4, 5)] == ["16x16", "32x16", "64x16"]
+    sm80 = division("cuda.sm80", FORM, 100, 132, 0, 9)
+    assert (sm80.tile, sm80.tiles, sm80.tile_size, sm80.splits, sm80.most_splits) == (0, (0, 2), "64x32", 9, 33)
+    for grouped, last in ((FORM, 3), (dataclasses.replace(FORM, operand="e4m3"), 2)):
+        assert division("cuda.sm90", grouped, 300, 132).tiles == (0, last)
+    for kernel, m, tile, splits, sentence in (
+        ("cuda.gemv", 9, 2, 0, "tile 2 is none of 3 to 5, which 9 rows of such operands have"),
+        ("cuda.gemv", 17, -1, 0, "gemv takes up to 16 rows, not 17"),
+        ("cuda.sm80", 1, 3, 0, "tile 3 is none of 0 to 2"),
+        ("cuda.sm80", 1, -2, 0, "tile -2 is none of"),
+        ("cuda.sm80", 1, 0, 34, "splits = 34 are not 1 to 33: the sum has 33 units of k, and 132 multiprocessors 3"),
+        ("cuda.sm80", 4096, 0, 3, "splits = 3 are not 1 to 2: .* 132 multiprocessors 384 tiles"),
+        ("cuda.sm80", 1, 0, -1, "splits = -1 are not 1 to"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            division(kernel, FORM, m, 132, tile, splits)
+
+
+def test_a_form_is_that_of_the_launch():
+    """Rows and kind of operands that Python counts are those of the C++ plan."""
+    e4m3 = element("e4m3")
+    for activation, shift, scale, dtype, operand, planes in (
+        (E2M1, True, None, torch.bfloat16, "int8", 1),
+        (E3M0, True, None, torch.bfloat16, "int8", 2),
+        (e4m3, False, None, torch.float32, "e4m3", 1),
+        (None, False, (E4M3, 16), torch.float16, "float16", 1),
+        (None, False, (E8M0, 32), torch.bfloat16, "bfloat16", 1),
+        (None, True, None, torch.float16, "bfloat16", 2),
+        (None, False, None, torch.float32, "bfloat16", 4),
+    ):
+        scale, size = scale or (None, 0)
+        packed = random_packed(70, 330, E2M1, activation, shift, scale, size)
+        form = Form.of(Problem.of(packed, 5, dtype))
+        assert (form.operand, form.planes, form.scale) == (operand, planes, scale.name if scale else "none")
+        with OnCpu([], **HOPPER):
+            plan = cuda.Prepared(packed, None).plan("sm90", 5, dtype, 132)
+        rows, bytes_each = 5 * form.planes, 1 if operand in ("int8", "e4m3") else 2
+        tile_rows = int(plan.tile_size.split("x")[1])
+        assert plan.parts[0] == -(-rows // tile_rows) * tile_rows * 384 * bytes_each
+        assert plan.tile == division("cuda.sm90", form, 5, 132).tile
+
+
+@needs_ptx
+@pytest.mark.parametrize("kernel", cuda_choices.NAMES)
+def test_a_table_leads_to_its_launch(kernel, cache):
+    """Every tile of the row, with other splits each: exactly that kernel and grid, the same bits."""
+    hopper = kernel == "cuda.sm90"
+    packed, m = random_packed(70, 330, E2M1, E2M1, True), 5
+    form, x = dataclasses.replace(FORM, n=70, k=330), random_x(5, 330, torch.bfloat16)
+    expected, multiprocessors = reference.gemm(x, packed).to(x.dtype), 8
+    with OnCpu(
+        all_kernels("sm_90a" if hopper else "sm_80"), multiprocessors, capability=(9, 0) if hopper else (8, 0)
+    ) as gpu:
+        first, last = division(kernel, form, m, multiprocessors).tiles
+        for tile in range(first, last + 1):
+            plan = division(kernel, form, m, multiprocessors, tile)
+            splits = (1, plan.most_splits, 2)[tile % 3]
+            put(row(kernel, tile, plan.tile_size, splits, form, m))
+            y = gpu.run(cuda.Prepared(packed, None), kernel, x)
+            outs, rows = map(int, plan.tile_size.split("x"))
+            tiles = -(-70 // outs)
+            assert gpu.grids[-1] == ((tiles, splits, 1) if kernel == "cuda.gemv" else (1, tiles, splits))
+            assert gpu.launched[-1].endswith(f"_{rows}" if kernel != "cuda.sm80" else f"_{plan.tile_size}")
+            assert same_bits(y, expected), (tile, splits)
+        (cache / cuda_choices.KIND.file(measured.Conditions.of(cuda.machine, HERE))).unlink()
+        measured.forget()
+        gpu.run(cuda.Prepared(packed, None), kernel, x)
+        counted = division(kernel, form, m, multiprocessors)
+        assert gpu.grids[-1][1 if kernel == "cuda.gemv" else 2] == counted.splits
+
+
+def test_a_layer_reads_the_table_once(monkeypatch):
+    """At its preparation: a call opens no file, whatever its m."""
+    with OnCpu([], **HOPPER):
+        put(row("cuda.gemv", 0, "16x8", 3, m=1), row("cuda.gemv", 3, "16x16", 2))
+        prepared = cuda.Prepared(random_packed(150, 2100, E2M1, E2M1), None)
+        for module, name in ((measured, "known"), (json, "loads"), (measured.Path, "read_text")):
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("a file is read"))
+        assert [prepared.plan("gemv", m, torch.float16, 132).splits for m in (1, 2, 16)] == [3, 2, 2]
+        assert prepared.plan("gemv", 1, torch.float16, 132, (2, 7)).tile_size == "64x8"
+
+
+def choice(problem):
+    return registry.choose(problem).name, cuda.tile(registry.choose(problem).name, problem)
+
+
+def test_the_fastest_row_runs(monkeypatch):
+    """Of those that take the problem, or that are forced; without a measurement the registry's first."""
+    problem = Problem(16, 150, 2100, E2M1, E2M1, device="cuda")
+    with OnCpu([], **HOPPER):
+        name, tile = choice(problem)
+        nothing = f"counted: there is no cuda-*.json in {measured.cache_folder()} or {measured.SHIPPED}"
+        assert (name, tile) == ("cuda.gemv", measured.Choice(Tile("cuda.gemv", 5, "64x16", 4), nothing))
+        slow, fast = row("cuda.gemv", 3, "16x16", 2, seconds=9e-5), row()
+        path = put(slow, fast, row("cuda.sm90", 0, "128x32", 4, seconds=3e-5))
+        name, tile = choice(problem)
+        assert (name, tile.config) == ("cuda.sm80", fast.config)
+        assert tile.source == f"measured at m = 16, n = 150, k = 2100, 2000-01-01, commit 0000000000, in {path}"
+        assert choice(dataclasses.replace(problem, dtype=torch.float16, activation=None))[0] == "cuda.gemv"
+        monkeypatch.setenv("LLMFP4_KERNEL", "cuda.gemv")
+        assert choice(problem)[1].config == slow.config
+        monkeypatch.setenv("LLMFP4_KERNEL", "cuda")
+        assert choice(problem)[0] == "cuda.sm80" and registry.layout_for(problem) == "units"
+        monkeypatch.setenv("LLMFP4_KERNEL", "cuda.sm80-packed")
+        assert choice(problem) == ("cuda.sm80-packed", None)
+        monkeypatch.delenv("LLMFP4_KERNEL")
+        put(row(seconds=1e-3))
+        assert choice(problem)[0] == "cuda.sm90"
+
+
+def test_what_lies_next_to_a_measurement():
+    """Shapes by factors of two along either side, at most two of them; then tokens; then seconds."""
+    square, wide = (dataclasses.replace(FORM, n=n, k=k) for n, k in ((4096, 4096), (11008, 4096)))
+    rows = tuple(row(form=form, m=m) for form in (square, wide) for m in (1, 16, 64, 1024, 4096))
+
+    def found(n, k, m, **changes):
+        form = dataclasses.replace(FORM, n=n, k=k, **changes)
+        near = cuda_choices.nearest(rows, form, m, cuda_choices.NAMES)
+        return near and (near.form.n, near.m)
+
+    assert [found(4096, 4096, m) for m in (1, 2, 16, 17, 64, 65, 257, 1024, 1025, 9999)] == [
+        (4096, m) if m else None for m in (1, 16, 16, 64, 64, None, 1024, 1024, 4096, 4096)
+    ]
+    assert found(4096, 11008, 1) == found(5120, 5120, 1) == (4096, 1)
+    assert found(13824, 5120, 1) == found(8192, 4096, 1) == (11008, 1)
+    assert found(1024, 8192, 1) is found(4096, 4096, 1, planes=2) is found(4096, 4096, 1, operand="e4m3") is None
+    assert found(4096, 4096, 1, scale="e4m3", group_size=16) is None
+    assert cuda_choices.nearest(rows, square, 1, ("cuda.gemv",)) is None
+
+
+def test_a_choice_keeps_to_what_the_product_has():
+    """Measured with 16 rows and 2100 inputs; 9 rows and 1050 inputs have other tiles, fewer rows fewer splits."""
+    with OnCpu([], **HOPPER):
+        put(row("cuda.gemv", 1, "32x8", 30, m=8), row("cuda.sm80", 2, "128x128", 6, m=4096))
+        known = cuda_choices.known(cuda.machine, HERE)
+        small = dataclasses.replace(FORM, k=1050)
+        assert cuda_choices.choose(known, small, 5, ("cuda.gemv",), 132)[0] == Tile("cuda.gemv", 1, "32x8", 17)
+        narrow = dataclasses.replace(FORM, n=600)
+        assert cuda_choices.choose(known, narrow, 4096, ("cuda.sm80",), 132)[0].splits == 6
+        assert cuda_choices.choose(known, narrow, 8192, ("cuda.sm80",), 132)[0].splits == 3
+        assert cuda_choices.choose(known, FORM, 9, ("cuda.gemv",), 132) is None
+
+
+def test_the_cache_folder_goes_before_the_package():
+    with OnCpu([], **HOPPER):
+        shipped = put(row(m=1), row(m=64), folder=measured.SHIPPED)
+        own = put(row(m=1, splits=5))
+        known = cuda_choices.known(cuda.machine, HERE)
+        one = cuda_choices.choose(known, FORM, 1, ("cuda.sm80",), 132)
+        many = cuda_choices.choose(known, FORM, 64, ("cuda.sm80",), 132)
+        assert one[0].splits == 5 and one[1].endswith(f"in {own}") and many[1].endswith(f"in {shipped}")
+        assert str(known) == (
+            f"measured, 1 rows of {own}, the last one of 2000-01-01, commit 0000000000; "
+            f"measured, 2 rows of {shipped}, the last one of 2000-01-01, commit 0000000000"
+        )
+        put(row(m=1, splits=6), row("cuda.gemv", 0, "16x8", 3, m=1))
+        content = json.loads(own.read_text())
+        assert [(r["config"]["kernel"], r["config"]["splits"]) for r in content["rows"]] == [
+            ("cuda.sm80", 6), ("cuda.gemv", 3)]  # fmt: skip
+        assert [entry.name for entry in own.parent.iterdir()] == ["cuda-cpu-132.json"]
+
+
+def change(*keys, value):
+    def changed(content):
+        at = content
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+        return json.dumps(content)
+
+    return changed
+
+
+BAD = [
+    (lambda content: json.dumps(content)[:-40], r"bytes\) is not JSON"),
+    (change("format", value="llmfp4 triton tiles"), "is not of format 'llmfp4 cuda tiles', version 1"),
+    (change("conditions", "gpu", value="Other GPU"), "measured with gpu Other GPU, here it is cpu"),
+    (change("conditions", "capability", value="sm_80"), "measured with capability sm_80, here it is sm_90"),
+    (change("conditions", "multiprocessors", value=114), "measured with multiprocessors 114, here it is 132"),
+    (change("rows", 0, "config", "tile", value=3), "does not run: cuda.sm80: tile 3 is none of 0 to 2"),
+    (change("rows", 0, "config", "tile", value=2), "tile 2 of cuda.sm80 is 128x128, not 128x64"),
+    (change("rows", 0, "config", "tile", value=-1), "tile -1 and splits = 2 are none"),
+    (change("rows", 0, "config", "tile", value=1.0), "tile is 1.0, expected int"),
+    (change("rows", 0, "config", "splits", value=34), "splits = 34 are not 1 to 33: the sum has 33 units of k"),
+    (change("rows", 0, "config", "splits", value=0), "tile 1 and splits = 0 are none"),
+    (change("rows", 0, "config", "splits", value=1 << 40), "are beyond all products"),
+    (change("rows", 0, "config", "kernel", value="cuda.sm100"), "'cuda.sm100' is none of cuda.gemv, cuda.sm90"),
+    (change("rows", 0, "config", "kernel", value="cuda.gemv"), "tile 1 is none of 3 to 5, which 16 rows"),
+    (change("rows", 0, "config", value={}), "a tile has the fields "),
+    (change("rows", 0, "form", "operand", value="int4"), "there are no 1 planes of int4 with none scales"),
+    (change("rows", 0, "form", "operand", value="e4m3"), "cuda.sm80 does not multiply e4m3"),
+    (change("rows", 0, "form", "group_size", value=-16), "is no product of these kernels"),
+    (change("rows", 0, "m", value=1 << 30), "are beyond all products"),
+    (change("rows", 0, "m", value=0), "is no product of these kernels"),
+    (change("rows", 0, "seconds", value=0.0), "says seconds = 0.0"),
+]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
+def test_a_wrong_table_is_left_aside_with_a_warning(damage, sentence):
+    problem = Problem(16, 150, 2100, E2M1, E2M1, device="cuda")
+    with OnCpu([], **HOPPER):
+        path = put(row())
+        path.write_text(damage(json.loads(path.read_text())))
+        measured.forget()
+        with pytest.raises(BadFile, match=f"{re.escape(str(path))}.*{sentence}"):
+            measured.read(cuda_choices.KIND, path, measured.Conditions.of(cuda.machine, HERE))
+        with pytest.warns(UserWarning, match=f"measured tiles are not used: .*{sentence}.*'llmfp4 tune' writes them"):
+            name, tile = choice(problem)
+        assert (name, tile.config) == ("cuda.gemv", Tile("cuda.gemv", 5, "64x16", 4))
+        assert tile.source.startswith(f"counted: {path}")
+        put(row())
+        assert choice(problem)[0] == "cuda.sm80"
+
+
+def test_info_and_explain_say_what_is_in_force(capsys):
+    asked = ["explain", "--m", "16", "--n", "150", "--k", "2100", "--device", "cuda", "--recipe", "minmax-w4a4"]
+    with OnCpu([], **HOPPER):
+        for table in (False, True):
+            path = table and put(row())
+            assert cli.main(["info"]) == cli.main([*asked, "--json"]) == cli.main(asked) == 0
+            info, _, explained = capsys.readouterr().out.partition("{")
+            says = (
+                f"measured, 1 rows of {path},"
+                if table
+                else f"counted: there is no cuda-*.json in {measured.cache_folder()}"
+            )
+            assert f"\ntiles      cuda: {says}" in info
+            if table:
+                assert '"runs": "cuda.sm80"' in explained and "\ntile measured at m = 16, n = 150" in explained
+                assert "(kernel cuda.sm80, tile 1, size 128x64, splits 2)" in explained
+            else:
+                assert "\ntile counted: there is no cuda" in explained
+    assert cli.main(["info"]) == 0
+    assert "\ntiles      cuda: not used: " in capsys.readouterr().out
