@@ -47,7 +47,7 @@ bench: build $(VENV)/rivals build/ggml/native
 	rm -f $(RESULTS)/gemm.jsonl $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/gemm.py --m 1 8 32 128 512 --rounds 5 --out $(RESULTS)/gemm.jsonl
 	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 4 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) --rounds 4 --out $(RESULTS)/gemm.jsonl
+	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) llm-fp4 --rounds 4 --out $(RESULTS)/gemm.jsonl
 	$(PY) benchmarks/model.py --repeats 2 --out $(RESULTS)/model.jsonl
 	$(PY) benchmarks/quantize.py --rounds 2 --out $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl 4096x4096
