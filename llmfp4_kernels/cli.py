@@ -86,12 +86,15 @@ def explain(args) -> dict:
     name = forced()
     willing = [step["kernel"] for step in steps if step["refusal"] is None and allowed(step["kernel"])]
     runs = willing[0] if willing else None
-    tile = triton.tile(runs, problem) if runs and runs.startswith("triton.") else None
+    tile = None
+    if runs and runs.startswith("triton."):
+        choice, operand = triton.tile(runs, problem)
+        tile = {**dataclasses.asdict(choice), "operand": operand}
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
-        "forced": name, "runs": runs, "tile": tile and dataclasses.asdict(tile),
+        "forced": name, "runs": runs, "tile": tile,
         "epilogue": epilogue_of(runs) if runs else None,
     }  # fmt: skip
 
@@ -107,7 +110,7 @@ def show_explain(result: dict) -> str:
         lines.append(f"  {step['kernel']:16} {verdict}")
     if result["tile"]:
         sizes = ", ".join(f"{name} {value}" for name, value in result["tile"]["config"].items())
-        lines.append(f"tile {result['tile']['source']} ({sizes})")
+        lines.append(f"tile {result['tile']['source']} ({sizes}), {result['tile']['operand']} operands")
     if result["runs"]:
         lines.append(f"a residual and SwiGLU are {result['epilogue']} with {result['runs']}")
     if result["forced"]:

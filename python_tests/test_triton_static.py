@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import random_packed, random_x
+from test_cuda_fp8 import packed_of
 from test_cuda_static import NO_TOOL, cuobjdump
 from test_dynamic import dynamic_packed
 from triton_on_cpu import WHY_NOT, OnCpu
 
-from llmfp4_kernels.backends.triton import configs, machine
-from llmfp4_kernels.formats import E2M1, E4M3, INTEGER, Dynamic
+from llmfp4_kernels.backends.triton import configs, fp8, machine
+from llmfp4_kernels.formats import E2M1, E4M3, E4M3FN, INTEGER, Dynamic
 
 pytestmark = pytest.mark.skipif((WHY_NOT or NO_TOOL) is not None, reason=WHY_NOT or NO_TOOL or "")
 ARCHITECTURES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -47,6 +48,10 @@ def problems(arch):
         yield random_packed(4096, 4096, E2M1, E2M1, True), random_x(300, 4096), "gemm", imma
         grouped = random_packed(4096, 4096, E2M1, scale=E4M3, group_size=16)
         yield grouped, random_x(1, 4096, torch.bfloat16), "gemv", hmma.replace("F32", r"F32\.BF16")
+    if machine.version() >= fp8.SINCE.get(arch, (99, 0)):
+        qmma = {(9, 0): r"QGMMA\.", (10, 0): r"UTC\w+MMA"}.get(arch, r"QMMA\.16832\.F32\.E4M3\.E4M3")
+        for m, name, group in ((1, "gemv", 32), (300, "gemm", 0), (300, "gemm", 32))[: 3 if arch < (10, 0) else 1]:
+            yield packed_of(4096, 4096, E2M1, E4M3FN, True, 0, group), random_x(m, 4096, torch.bfloat16), name, qmma
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a[0]}{a[1]}")

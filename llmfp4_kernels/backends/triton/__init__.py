@@ -76,10 +76,10 @@ def refusal(name: str, problem: Problem) -> str | None:
     return None
 
 
-def tile(name: str, problem: Problem) -> tuned.Choice:
-    """The tile in which the row `name` runs a problem that it takes, on the current GPU, and where it is from."""
+def tile(name: str, problem: Problem) -> tuple[tuned.Choice, str]:
+    """The tile in which the row `name` runs a problem that it takes, on the current GPU, and its operands' type."""
     form, device = Form.of(name.removeprefix("triton."), problem), torch.device(machine.here.device_type)
-    return tuned.choose(form, problem.m, device)
+    return tuned.choose(form, problem.m, device), form.operand
 
 
 KERNELS = tuple(

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...packed import padded_inputs
+from ..gpu import sm
+from . import fp8
 from .form import Form
+from .machine import FENCED
 
 GEMV_TOKENS = 16
-FENCED = (3, 9)
-"""Triton from this version on puts fence.proxy.async between cp.async and the tensor cores that read shared memory by
-themselves (sm_90 and later). 3.6.0 does not, and they may read before the copy is visible."""
 ROWS, TOKENS, BLOCKS_K, WARPS, STAGES = (32, 64, 128, 256), (8, 16, 32, 64, 128, 256), (64, 128, 256), (1, 2, 4, 8), 8
 """What a tile may have; stages up to this. From 64 inputs on, a step has whole lines of codes and of int8 operands."""
 SPLIT_LIMIT = 65535
@@ -84,7 +84,22 @@ def refusal(config: Config, form: Form, capability: tuple[int, int], version: tu
         return f"{config.warps} warps would multiply some of {config.rows} rows twice, each needs 16 of its own"
     if unfenced(capability, version) and config.warps % 4 == 0:
         return f"{config.warps} warps use wgmma, before which Triton {version[0]}.{version[1]} forgets a fence"
+    if form.fp8 and (why := _refusal_of_fp8(config, capability)):
+        return why
     most = min(steps(config, form.k), SPLIT_LIMIT)
     if not 1 <= config.splits <= most:
         return f"splits = {config.splits} of k = {form.k} are not 1 to {most}, its steps"
+    return None
+
+
+def _refusal_of_fp8(config: Config, capability: tuple[int, int]) -> str | None:
+    if config.block_k > fp8.MOST_SUMMED:
+        return (
+            f"block_k = {config.block_k}: sums of 8-bit floats go to fp32 every {fp8.MOST_SUMMED} inputs at the latest"
+        )
+    if capability in fp8.WARPGROUP and (config.warps % 4 or config.tokens < fp8.LEAST_TOKENS):
+        return (
+            f"{config.warps} warps and {config.tokens} tokens: Triton would convert 8-bit floats to fp16, "
+            f"{sm(capability)} multiplies them by 4 or 8 warps and at least {fp8.LEAST_TOKENS} tokens"
+        )
     return None

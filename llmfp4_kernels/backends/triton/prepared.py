@@ -11,7 +11,7 @@ from ...packed import PackedFP4, padded_inputs
 from ...problem import Kernel, Problem
 from ...reference import integer_scale
 from ..cuda import relative_scales
-from . import machine, tuned
+from . import fp8, machine, tuned
 from .configs import Config
 from .decode import Lookup, lookup
 from .form import Form, Operands
@@ -95,11 +95,12 @@ class Prepared:
     def _quantize(self, x: torch.Tensor, m: int, operands: torch.Tensor, kind: Operands) -> torch.Tensor:
         packed, element, dynamic = self.packed, self.packed.activation, self.packed.dynamic
         integer, group = kind.dtype == torch.int8, dynamic.group_scale if dynamic else None
+        unit = 2.0 ** -fp8.exponent(packed) if kind.dtype == torch.float8_e4m3fn else 1.0
         reach = {"integer": element.max_factor, "e4m3": E4M3_MAX}.get(group.name, 1) if group else 1
         x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
         quantize[(m,)](
             x, operands, x_scale, self.shift, self.factor,
-            static_scale=self.static_scale, unit=integer_scale(packed) if integer else 1.0,
+            static_scale=self.static_scale, unit=integer_scale(packed) if integer else unit,
             top=element.max, reach=element.max * reach, most=float(element.max_factor),
             integer_scale=float(element.integer_scale), scale_out=float(element.integer_scale) if integer else 1.0,
             mantissa=element.mantissa_bits, least=1 - element.bias, emax=element.max_shift - element.bias,
@@ -112,7 +113,8 @@ class Prepared:
 
     def _lookup(self, dtype: torch.dtype) -> Lookup:
         if dtype not in self.lookups:
-            self.lookups[dtype] = lookup(self.packed.element, dtype, machine.here.ptx)
+            exponent = fp8.exponent(self.packed) if dtype == torch.float8_e4m3fn else 0
+            self.lookups[dtype] = lookup(self.packed.element, dtype, machine.here.ptx, exponent)
         return self.lookups[dtype]
 
     def multiply(self, config: Config, operands: torch.Tensor, x_scale: torch.Tensor | None, y: torch.Tensor) -> None:

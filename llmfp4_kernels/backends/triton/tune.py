@@ -20,7 +20,7 @@ import torch
 from ...errors import NoKernel
 from ...problem import Problem
 from ..graphs import Stopwatch
-from . import configs, machine, refusal
+from . import configs, fp8, machine, refusal
 from .configs import Config
 from .form import Form
 from .judge import Judge, random_weight
@@ -34,21 +34,24 @@ REGISTERS = 128
 
 
 def tiles(form: Form, m: int, capability: tuple[int, int], version: tuple[int, int]) -> list[Config]:
-    """Tiles worth trying, without splits, small ones first."""
+    """Tiles worth trying, of one split, small ones first."""
     unfenced = configs.unfenced(capability, version)
     if form.kernel == "gemv":
-        tokens, depths = [8 if m <= 8 else configs.GEMV_TOKENS], ((64, 6), (128, 4), (256, 3))
+        least = fp8.LEAST_TOKENS if form.fp8 and capability in fp8.WARPGROUP else 8
+        tokens, depths = [least if m <= least else configs.GEMV_TOKENS], ((64, 6), (128, 4), (256, 3))
         shares = ((32, 2), (64, 2), (128, 2)) if unfenced else ((32, 2), (64, 2), (64, 4), (128, 8))
     else:
         tokens, depths = [t for t in (32, 64, 128) if t == 32 or t < 2 * m], ((64, 4), (128, 3))
         shares = ((32, 2), (64, 2)) if unfenced else ((64, 4), (128, 8), (128, 4))
-    return [
-        Config(rows, count, block_k, warps, stages)
+    sums = 2 * (2 if form.fp8 else form.planes)  # of 8-bit floats, a step's beside all steps'
+    made = [
+        Config(rows, count, block_k, warps, stages, splits=1)
         for count in tokens
         for rows, warps in shares
-        if rows * count * 2 * form.planes <= REGISTERS * 32 * warps
+        if rows * count * sums <= REGISTERS * 32 * warps
         for block_k, stages in depths
     ]
+    return [config for config in made if configs.refusal(config, form, capability, version) is None]
 
 
 @dataclass
