@@ -43,13 +43,18 @@ def prepared(packed, bias=None):
     return Prepared(packed, bias)
 
 
+def inputs(k, count):
+    """Of each addition."""
+    return torch.arange(k).view(-1, count)
+
+
 def check(gpu, packed, x, bias=None):
     arch, block_k = gpu.machine.arch, gpu.config.block_k
 
     def error(x, w):
         x, w = (torch.nn.functional.pad(t, (0, -t.shape[1] % block_k)) for t in (x, w))
-        inputs = torch.arange(x.shape[1]).view(-1, ADDED[arch])
-        return error_of_sums(x, w, inputs, range(0, len(inputs), block_k // ADDED[arch]))
+        additions = inputs(x.shape[1], ADDED[arch])
+        return error_of_sums(x, w, additions, range(0, len(additions), block_k // ADDED[arch]))
 
     exact, bound = exact_and_bound(packed, x, bias, error=error)
 
@@ -75,6 +80,18 @@ def test_every_weight_and_dtype(arch):
         for weight, group, dtype in ((E3M0, 128, torch.float32), (E1M2, 16, torch.bfloat16), (E3M0, 0, torch.float16)):
             packed = packed_of(33, 200, weight, E4M3FN, dynamic=True, seed=2, group=group)
             check(gpu, packed, wild_x(5, 200, dtype) / 256, torch.randn(33))
+
+
+def test_the_tuners_bound_is_no_smaller():
+    from llmfp4_kernels.backends.triton.judge import loss_in_14_bits
+
+    x, w = (torch.randn(5, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    w[:, 130:200] = -w[:, 60:130]  # sums that cancel
+    for count, step in ((32, 128), (32, 64), (16, 128), (16, 64)):
+        lost = error_of_sums(
+            *(torch.nn.functional.pad(t, (0, 12)) for t in (x, w)), inputs(512, count), range(0, 99, step // count)
+        )
+        assert (loss_in_14_bits(x, w) > lost).all() and (loss_in_14_bits(x, w) < 9 * lost).all()
 
 
 def test_splits_of_k_are_added_in_order(arch):

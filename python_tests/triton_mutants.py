@@ -18,7 +18,7 @@ MUTANTS = [
     (INTEGER, "product.py", "rows past the end are read", "(rows % half)", "rows", "OutOfBounds"),
     (INTEGER, "product.py", "tokens past the end are read", "(tokens % m)", "tokens", "OutOfBounds"),
     (INTEGER, "product.py", "codes past the end of k", "inputs[None, :] < padded_k", "inputs[None, :] < padded_k + BLOCK_K", "OutOfBounds"),
-    (INTEGER, "product.py", "inputs past the end of k", "inputs[:, None] < k, other=0)\n            low", "inputs[:, None] < k + 64, other=0)\n            low", "OutOfBounds"),
+    (INTEGER, "product.py", "inputs past the end of k", "inputs[:, None] < k, other=zero)", "inputs[:, None] < k + 64, other=zero)", "OutOfBounds"),
     (INTEGER, "product.py", "the edge of outputs is not tested", "    valid &= rows < n\n", "", "OutOfBounds Race"),
     (INTEGER, "product.py", "both nibbles are one output", "    rows += half\n", "", "Race unwritten"),
     (INTEGER, "product.py", "rows of the next half are stored", "valid = rows < half", "valid = rows < n", f"Race {WRONG}"),

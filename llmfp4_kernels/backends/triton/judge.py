@@ -54,7 +54,7 @@ def _spread(length: int, count: int) -> torch.Tensor:
     return torch.linspace(0, length - 1, min(length, count), dtype=torch.float64).round().long()
 
 
-def _loss_in_14_bits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def loss_in_14_bits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """[m, n]: what tensor cores may lose of x [m, k] · w [n, k]ᵀ of 8-bit floats, see cuda_sm90.multiplies_fp8.
 
     128 inputs or fewer are 4 additions of 32 products or 8 of 16, and each loses 34 or 18 times 2^-13 of its largest
@@ -86,7 +86,7 @@ class Judge:
         # Of Σ|x||w|: tensor cores drop what is below 2^-21 of a sum, once in 16 inputs; two bf16 parts end at 2^-17.
         self.allowed = (2.0**-17 + (packed.k / 16 + 8) * 2.0**-21) * (rounded.abs() @ weights.abs().T)
         if fp8.multiplies(Problem.of(packed, 1, x.dtype)):
-            self.allowed += _loss_in_14_bits(rounded, weights)
+            self.allowed += loss_in_14_bits(rounded, weights)
 
     def __call__(self, y: torch.Tensor) -> None:
         y = y[self.tokens.to(y.device)][:, self.rows.to(y.device)].cpu()
