@@ -47,9 +47,15 @@ TABLE = {
 }
 
 
+def adds_fence(config: Config, capability: tuple[int, int], version: tuple[int, int]) -> bool:
+    """Whether product.py brings the fence before wgmma that Triton forgets. It stands where Triton 3.9 has its own:
+    behind the wait for cp.async and the barrier, in every thread that is about to multiply."""
+    return config.warps % 4 == 0 and capability == (9, 0) and version < FENCED
+
+
 def unfenced(capability: tuple[int, int], version: tuple[int, int]) -> bool:
-    """Whether Triton forgets the fence before wgmma: it takes wgmma for four warps, and mma.sync for two."""
-    return capability >= (9, 0) and version < FENCED
+    """Whether tcgen05 is without one: Triton takes it for four warps, and mma.sync for two."""
+    return capability >= (10, 0) and version < FENCED
 
 
 def choose(form: Form, m: int, capability: tuple[int, int], version: tuple[int, int], multiprocessors: int) -> Config:
@@ -83,7 +89,7 @@ def refusal(config: Config, form: Form, capability: tuple[int, int], version: tu
     if config.rows < 16 * config.warps:
         return f"{config.warps} warps would multiply some of {config.rows} rows twice, each needs 16 of its own"
     if unfenced(capability, version) and config.warps % 4 == 0:
-        return f"{config.warps} warps use wgmma, before which Triton {version[0]}.{version[1]} forgets a fence"
+        return f"{config.warps} warps use tcgen05, before which Triton {version[0]}.{version[1]} forgets a fence"
     if form.fp8 and (why := _refusal_of_fp8(config, capability)):
         return why
     most = min(steps(config, form.k), SPLIT_LIMIT)

@@ -9,15 +9,15 @@ What Triton 3.6.0 and 3.9.0 make of `tl.dot` on float8e4nv, seen in their PTX:
     sm_80         they refuse the type
     sm_89, sm_120 mma.sync.m16n8k32.f32.e4m3.e4m3.f32
     sm_90         wgmma.mma_async.m64nNk32.f32.e4m3.e4m3, weights in registers, of 4 or 8 warps and at least 16 tokens;
-                  else cvt.rn.f16x2.e4m3x2 and mma.sync.m16n8k16 of fp16. 3.6.0 forgets the fence before wgmma.
+                  else cvt.rn.f16x2.e4m3x2 and mma.sync.m16n8k16 of fp16
     sm_100        tcgen05.mma.kind::f8f6f4; of 2 warps cvt and mma.sync of fp16 as above
 
 Ada's and Hopper's tensor cores add in 14 bits (say those who probed them, see cuda_sm90.multiplies_fp8; Ada's 16
 products at a time), so a tile's step is a product of its own, added to fp32 sums by add.f32: 128 inputs at most.
-`max_num_imprecise_acc` is what asks for that, but only names it: sm_90 alone reads it. Of a product that is given the
-sums, a limit of the whole step of 128 changes nothing in the PTX, and a lower one does not compile where weights are in
-registers. 0 makes Triton fold the addition into the product, everywhere, and take mma.sync of fp16 on sm_90. So it is
-the step: not 0, and never reached within one.
+`tl.dot`'s max_num_imprecise_acc does not do that. It is read for sm_90 alone: of a product that is given the sums, a
+limit of its whole step of 128 changes nothing in the PTX, a lower one does not compile where weights are in registers.
+A limit of 0 makes Triton fold the addition into the product on all of them, and take mma.sync of fp16 on sm_90. So
+each product has its step as limit: not 0, and not passed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .machine import LEAST_VERSION as LEAST
 
 MOST_SUMMED = 128
 """Inputs whose products tensor cores add before fp32 does."""
-SINCE = {(8, 9): LEAST, (9, 0): FENCED, (10, 0): FENCED, (12, 0): LEAST}
+SINCE = {(8, 9): LEAST, (9, 0): LEAST, (10, 0): FENCED, (12, 0): LEAST}
 """Compute capabilities whose tensor cores multiply 8-bit floats, and from which Triton on that is used."""
 WARPGROUP = ((9, 0), (10, 0))
 """Where 4 warps multiply together, or Triton converts to fp16."""

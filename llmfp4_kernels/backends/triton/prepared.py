@@ -11,7 +11,7 @@ from ...packed import PackedFP4, padded_inputs
 from ...problem import Kernel, Problem
 from ...reference import integer_scale
 from ..cuda import relative_scales
-from . import fp8, machine, tuned
+from . import configs, fp8, machine, tuned
 from .configs import Config
 from .decode import Lookup, lookup
 from .form import Form, Operands
@@ -34,6 +34,7 @@ class Prepared:
             raise NoKernel(
                 f"the Triton kernels take tensors on one GPU: codes are on {self.device}, others on {others}"
             )
+        self.limits = machine.here.capability(self.device.index), machine.version()
         self.packed = packed = to_layout(packed, "pairs")
         self.n, self.k = packed.shape
         self.padded_k, self.half = padded_inputs(self.k), -(-self.n // 2)
@@ -134,6 +135,7 @@ class Prepared:
             SCALE=self.packed.scale.name if self.packed.scale else "none", GROUP=self.packed.group_size,
             ROWS=config.rows, TOKENS=config.tokens, BLOCK_K=config.block_k,
             TABLE=table.table, LOW=table.low, HIGH=table.high,
+            FENCE=configs.adds_fence(config, *self.limits),
             num_warps=config.warps, num_stages=config.stages, **EXACT,
         )  # fmt: skip
         if splits > 1:

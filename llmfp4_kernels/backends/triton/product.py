@@ -13,6 +13,8 @@ from .decode import decode, decode_scale
 
 PLANE_WEIGHT = tl.constexpr(128)
 """Of the second int8 plane of an integer operand."""
+FENCE_TEXT = tl.constexpr("{ fence.proxy.async.shared::cta; mov.b32 $0, $1; }")
+REGISTERS = tl.constexpr("=r,r")
 
 
 @triton.jit
@@ -61,12 +63,18 @@ def _scales(scales, outputs, group, n, groups, dtype: tl.constexpr, SCALE: tl.co
     return decode_scale(bytes, dtype, SCALE)[:, :, None]
 
 
+@triton.jit
+def _fence(x):
+    """What cp.async has written, and this thread knows of, is visible to wgmma."""
+    tl.inline_asm_elementwise(FENCE_TEXT, REGISTERS, [x], tl.int32, False, 1)
+
+
 @triton.jit(do_not_specialize=["m", "groups"])
 def product(
     codes, x, y, partial, row_scale, bias, x_scale, scales, m, n, half, k, padded_k, groups,
     PLANES: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TABLE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    TABLE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """codes uint8 [half, padded_k] of layout "pairs"; x [PLANES or PARTS, m, k] int8, E4M3, fp16 or bf16;
     scales uint8 [n, groups]. Grid: tiles of tokens, tiles of rows, splits of k.
@@ -109,6 +117,8 @@ def product(
         for part in tl.static_range(PARTS):
             x_part = x_rows + part * m.to(tl.int64) * k
             operand = tl.load(x_part + inputs[:, None], inputs[:, None] < k, other=zero)
+            if FENCE:
+                _fence(step)
             if fp8:
                 low += tl.dot(w_low, operand, max_num_imprecise_acc=BLOCK_K)
                 high += tl.dot(w_high, operand, max_num_imprecise_acc=BLOCK_K)
@@ -117,6 +127,8 @@ def product(
                 high = tl.dot(w_high, operand, high, out_dtype=total)
         if PLANES == 2:
             operand = tl.load(x_rows + m.to(tl.int64) * k + inputs[:, None], inputs[:, None] < k, other=0)
+            if FENCE:
+                _fence(step)
             low_plane = tl.dot(w_low, operand, low_plane, out_dtype=total)
             high_plane = tl.dot(w_high, operand, high_plane, out_dtype=total)
     valid = rows < half
