@@ -89,11 +89,12 @@ def explain(args) -> dict:
     runs = kernel and kernel.name
     backend = {"cuda": cuda, "triton": triton}.get(runs.split(".")[0]) if runs else None
     tile = backend.tile(runs, problem) if backend else None
+    operand = {"operand": backend.operand(runs, problem)} if tile else {}
     return {
         "m": args.m, "n": args.n, "k": args.k, "recipe": recipe.name, "element": problem.element.name,
         "activation": problem.activation.name if problem.activation else None, "shift": problem.shift,
         "dtype": args.dtype, "device": args.device, "walk": steps,
-        "forced": name, "runs": runs, "tile": tile and dataclasses.asdict(tile),
+        "forced": name, "runs": runs, "tile": tile and dataclasses.asdict(tile) | operand,
         "epilogue": epilogue_of(runs) if runs else None,
     }  # fmt: skip
 
@@ -109,7 +110,7 @@ def show_explain(result: dict) -> str:
         lines.append(f"  {step['kernel']:16} {verdict}")
     if result["tile"]:
         sizes = ", ".join(f"{name} {value}" for name, value in result["tile"]["config"].items())
-        lines.append(f"tile {result['tile']['source']} ({sizes})")
+        lines.append(f"tile {result['tile']['source']} ({sizes}), {result['tile']['operand']} operands")
     if result["runs"]:
         lines.append(f"a residual and SwiGLU are {result['epilogue']} with {result['runs']}")
     if result["forced"]:

@@ -24,8 +24,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = {kernel.name: kernel for kernel in (*cuda.KERNELS, *cuda_options.KERNELS)}
 SM90, FAST = "cuda.sm90", "cuda.sm90-fast-sums"
 E4M3_480 = element("e4m3")
-STEP = 34 * 2.0**-13
-"""What 32 products lose, of the largest of them and of the sums before and after: see cuda_sm90.multiplies_fp8."""
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +31,45 @@ def programs():
     return all_kernels("sm_90a")
 
 
-def error_of_sums(x, w, fast=False):
-    """[m, n]: what the tensor core may lose of x [m, k] · w [n, k]ᵀ.
+def error_of_sums(x, w, inputs, anew):
+    """[m, n]: what the tensor core may lose of x [m, k] · w [n, k]ᵀ, where it adds `inputs` [additions, products] at a
+    time, beginning anew at the additions `anew`: see cuda_sm90.multiplies_fp8."""
+    step = (inputs.shape[1] + 2) * 2.0**-13
+    total = torch.zeros(len(x), len(w), dtype=torch.float64)
+    c, error = torch.zeros_like(total), torch.zeros_like(total)
+    for i, at in enumerate(inputs):
+        if i in anew:
+            total += error
+            c, error = torch.zeros_like(total), torch.zeros_like(total)
+        products = x[:, None, at] * w[None, :, at]
+        before, c = c, c + products.sum(2)
+        largest = torch.maximum(products.abs().amax(2), torch.maximum(before.abs() + error, c.abs()))
+        error = (error + step * largest) / (1 - step)
+    return 1.01 * (total + error)
 
-    Sums begin anew every four products of 32 inputs, from an odd or an even unit on, as k was split: both are added.
-    """
+
+def error_of_units(x, w, fast=False):
+    """Sums begin anew every four additions, from an odd or an even unit on, as k was split: both are added."""
     x, w = (torch.nn.functional.pad(t, (0, -t.shape[1] % 64)) for t in (x, w))
     inputs = torch.arange(x.shape[1]).view(-1, 4, 2, 8).transpose(1, 2).reshape(-1, 32)  # of a product: units.h
-    total = torch.zeros(len(x), len(w), dtype=torch.float64)
-    for offset in (0,) if fast else (0, 2):
-        c, error = torch.zeros_like(total), torch.zeros_like(total)
-        for i, at in enumerate(inputs):
-            if not fast and (i + offset) % 4 == 0:
-                total += error
-                c, error = torch.zeros_like(total), torch.zeros_like(total)
-            products = x[:, None, at] * w[None, :, at]
-            before, c = c, c + products.sum(2)
-            largest = torch.maximum(products.abs().amax(2), torch.maximum(before.abs() + error, c.abs()))
-            error = (error + STEP * largest) / (1 - STEP)
-        total += error
-    return 1.01 * total
+    beginnings = [range(0)] if fast else [range(offset, len(inputs), 4) for offset in (0, 2)]
+    return sum(error_of_sums(x, w, inputs, anew) for anew in beginnings)
 
 
-def exact_and_bound(packed, x, bias=None, fast=False):
-    """The float64 product of rounded activations, and how far cuda.sm90 may be from it.
+def exact_and_bound(packed, x, bias=None, fast=False, error=None):
+    """The float64 product of rounded activations, and how far cuda.sm90, or what loses error(x, w), may be from it.
 
     Halved activations lose up to 2^-9 of those below 2^-5 (units of x_scale); sums in fp32, and y, are rounded.
     """
     x_scale = reference.activation_scales(x, packed).x_scale.double()
     rounded, w = reference.round_activation(x, packed, torch.float64), reference.stored_weight(packed)
     exact, size = rounded @ w.T + (0 if bias is None else bias.double()), rounded.abs() @ w.abs().T
-    bound = error_of_sums(rounded, w, fast) + (packed.k + 8) * 2.0**-24 * size
+    bound = error(rounded, w) if error else error_of_units(rounded, w, fast)
+    bound += (packed.k + 8) * 2.0**-24 * size
     if packed.activation == E4M3_480:
         bound += 2.0**-9 * x_scale * ((rounded.abs() < x_scale * 2.0**-5).double() @ w.abs().T)
-    bound += exact.abs() * {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype] + 1e-30
+    bound += exact.abs() * {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
+    bound += 2.0**-25 if x.dtype == torch.float16 else 1e-30
     return exact, bound + (0 if bias is None else 2.0**-23 * bias.double().abs())
 
 

@@ -1,4 +1,5 @@
-"""How the PTX machine adds products of 8-bit floats: as Hopper's tensor core, says MMA-Sim, written here in torch."""
+"""How the PTX machine adds products of 8-bit floats: as Hopper's and Ada's tensor cores do, says MMA-Sim, written here
+in torch."""
 
 import pytest
 import torch
@@ -12,17 +13,23 @@ from llmfp4_kernels.formats import E2M1, E4M3FN
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
+@pytest.fixture(scope="module", params=["sm_90a", "sm_89"])
+def arch(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def products():
+def products(arch):
     options = ("-I", str(CSRC / "cuda"), f"-DHEADERS={headers_key()}")
-    program = compile_cuda((KERNELS / "fp8_sums.cu").read_text(), "sm_90a", options)
+    name, grid, block = ("fp8_sums", 1, 128) if arch == "sm_90a" else ("fp8_sums_sm89", (4, 4), 32)
+    program = compile_cuda((KERNELS / f"{name}.cu").read_text(), arch, options)
 
     def run(a, b, c=0.0):
         """c + Σ a [64, k] · b [32, k]ᵀ, 32 inputs at a time."""
         in_order = lambda x: x.view(len(x), -1, 32).transpose(0, 1).to(torch.float8_e4m3fn).view(torch.uint8)  # noqa: E731
         a, b = (in_order(x).contiguous().view(torch.int32) for x in (a, b))
         d = torch.empty(64, 32)
-        program.run("fp8_sums", 1, 128, [In(a), In(b), In(torch.full((64, 32), float(c))), Out(d), len(a)])
+        program.run(name, grid, block, [In(a), In(b), In(torch.full((64, 32), float(c))), Out(d), len(a)])
         return d
 
     return run
@@ -38,10 +45,11 @@ def cut(x, at):
     return torch.ldexp(torch.ldexp(x, 13 - at).trunc(), at - 13)
 
 
-def expected(a, b, c=0.0):
+def expected(a, b, c, arch):
+    step = 32 if arch == "sm_90a" else 16
     a, b, c = a.double(), b.double(), torch.full((64, 32), float(c), dtype=torch.float64)
-    for k in range(0, a.shape[1], 32):
-        x, y = a[:, None, k : k + 32], b[None, :, k : k + 32]
+    for k in range(0, a.shape[1], step):
+        x, y = a[:, None, k : k + step], b[None, :, k : k + step]
         exponents = torch.where(x * y == 0, -500, exponent(x) + exponent(y))
         largest = torch.maximum(exponents.amax(2), exponent(c))
         c = cut(x * y, largest[..., None]).sum(2) + cut(c, largest)
@@ -50,14 +58,14 @@ def expected(a, b, c=0.0):
 
 
 @pytest.mark.parametrize("c", [0.0, 3.14159, -70000.0])
-def test_random_sums(products, c):
+def test_random_sums(products, c, arch):
     a, b = (torch.randn(rows, 160) * torch.logspace(-2, 1.5, 160) for rows in (64, 32))
     a, b = (x.to(torch.float8_e4m3fn).float() for x in (a, b))
     got = products(a, b, c)
-    assert torch.equal(got, expected(a, b, c))
+    assert torch.equal(got, expected(a, b, c, arch))
     exact = c + a.double() @ b.double().T
     assert (got != exact.float()).any() and (
-        (got - exact).abs() <= 5 * 34 * 2.0**-13 * (abs(c) + a.abs() @ b.abs().T)
+        (got - exact).abs() <= 5 * 36 * 2.0**-13 * (abs(c) + a.abs() @ b.abs().T)
     ).all()
 
 
@@ -76,8 +84,8 @@ def test_ones_no_longer_count_beyond_2_to_the_14(products):
 
 
 @pytest.mark.parametrize(("positive", "promoted", "fast"), [(False, 6e-5, 6e-4), (True, 1.1e-4, 5e-2)])
-def test_what_sums_in_fp32_every_128_inputs_save(positive, promoted, fast, products):
-    """The error of 4096 products of random E2M1 and E4M3, relative to the result: cuda_sm90.py quotes it."""
+def test_what_sums_in_fp32_every_128_inputs_save(positive, promoted, fast, products, arch):
+    """The error of 4096 products of random E2M1 and E4M3, relative to the result: cuda_sm90.py quotes Hopper's."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 4096, generator=generator) for rows in (64, 32))
     a, b = (x / x.abs().amax(1, keepdim=True) for x in ((a.abs(), b.abs()) if positive else (a, b)))
@@ -85,7 +93,8 @@ def test_what_sums_in_fp32_every_128_inputs_save(positive, promoted, fast, produ
     exact = a.double() @ b.double().T
     error = lambda y: ((y - exact).norm() / exact.norm()).item()  # noqa: E731
     parts = [products(a[:, k : k + 128], b[:, k : k + 128]) for k in range(0, 4096, 128)]
-    assert 0.8 * promoted < error(sum(parts)) < promoted and 0.8 * fast < error(products(a, b)) < fast
+    most = promoted * (1 if arch == "sm_90a" else 1.2)
+    assert 0.8 * promoted < error(sum(parts)) < most and 0.8 * fast < error(products(a, b)) < fast
 
 
 def test_nan(products):

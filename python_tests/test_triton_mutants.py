@@ -7,7 +7,8 @@ import torch
 from cases import random_packed, random_x, same_bits
 from mutants import RIGHT, WRONG, assert_caught
 from test_dynamic import dynamic_packed, wild_x
-from triton_mutants import GROUPED, GROUPS, INTEGER, MUTANTS, PARTS, PLANES, SHARED_K, mutant
+from test_triton_fp8 import ADA, cancelling, small_integers
+from triton_mutants import CANCELLING, FP8, GROUPED, GROUPS, INTEGER, MUTANTS, PARTS, PLANES, SHARED_K, mutant
 from triton_on_cpu import SMALL, WHY_NOT, OnCpu
 
 from llmfp4_kernels import formats, reference
@@ -15,6 +16,7 @@ from llmfp4_kernels.formats import E2M1, E3M0, E4M3, Dynamic
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 WIDE = dataclasses.replace(SMALL, block_k=128)  # a step that does not divide padded k
+PROBLEMS = list(dict.fromkeys(name for name, *_ in MUTANTS))
 KERNELS = ("product", "add_splits", "quantize", "split", "lookup")
 
 
@@ -27,6 +29,8 @@ def problem(name):
         GROUPED: lambda: (random_packed(75, 600, E2M1, scale=E4M3, group_size=256), random_x(5, 600), 1),
         PARTS: lambda: (random_packed(75, 190, E2M1), random_x(5, 190), 1),
         GROUPS: lambda: (dynamic_packed(75, 190, E2M1, E2M1, Dynamic(16, formats.INTEGER)), wild_x(5, 190), 1),
+        FP8: lambda: (*small_integers(16, 192), 1),
+        CANCELLING: lambda: (*cancelling(), 1),
     }[name]()
 
 
@@ -43,7 +47,8 @@ def waiting(name, instead, monkeypatch):
         close = torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
         found.append(RIGHT if (same_bits(y, expected) if packed.integer else close) else WRONG)
 
-    with OnCpu(multiprocessors=multiprocessors, config=WIDE, limit_s=20) as gpu:
+    capability = ADA if name in (FP8, CANCELLING) else (8, 0)
+    with OnCpu(capability, multiprocessors=multiprocessors, config=WIDE, limit_s=20) as gpu:
         gpu.later(prepared.Prepared(packed, None), "triton.gemm", x, judge)
         rest, gpu.waiting, judges, gpu.judges = gpu.waiting, [], gpu.judges, []
     monkeypatch.undo()
@@ -55,7 +60,7 @@ def waiting(name, instead, monkeypatch):
 def runs(tmp_path_factory):
     """Of every mutant, and of every problem without a bug: compiled side by side."""
     folder, patch, all = tmp_path_factory.mktemp("mutants"), pytest.MonkeyPatch(), {}
-    for name in (INTEGER, PLANES, SHARED_K, GROUPED, PARTS, GROUPS):
+    for name in PROBLEMS:
         all[name] = waiting(name, {}, patch)
     for i, (name, *_) in enumerate(MUTANTS):
         module = mutant(i, folder)
@@ -78,7 +83,7 @@ def outcome(run):
     return found[0]
 
 
-@pytest.mark.parametrize("name", [INTEGER, PLANES, SHARED_K, GROUPED, PARTS, GROUPS])
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_without_a_bug_the_values_are_right(name, runs):
     assert outcome(runs[name]) == RIGHT
 

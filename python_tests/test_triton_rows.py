@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import random_packed
 
-from llmfp4_kernels import environment, layout
+from llmfp4_kernels import environment, layout, reference
 from llmfp4_kernels.backends import cuda, triton
 from llmfp4_kernels.backends.triton import configs, machine
 from llmfp4_kernels.backends.triton.form import Form
@@ -177,15 +177,16 @@ def test_splits_fill_a_gpu_and_keep_their_steps():
         (dict(rows=32), (3, 9), "4 warps would multiply some of 32 rows twice"),
         (dict(splits=0), (3, 9), "splits = 0 of k = 200 are not 1 to 2, its steps"),
         (dict(splits=3), (3, 9), "splits = 3 of k = 200"),
-        (dict(), (3, 6), "4 warps use wgmma, before which Triton 3.6 forgets a fence"),
+        (dict(), (3, 6), "4 warps use tcgen05, before which Triton 3.6 forgets a fence"),
     ],
     ids=str,
 )
 def test_tiles_that_do_not_run_are_refused(changes, version, sentence):
     form = Form.of("gemm", Problem(40, 64, 200, E2M1))
     tile = configs.Config(rows=64, tokens=32, block_k=128, warps=4, stages=3, splits=2)
-    assert configs.refusal(tile, form, (9, 0), (3, 9)) is configs.refusal(tile, form, (8, 0), (3, 6)) is None
-    assert sentence in configs.refusal(dataclasses.replace(tile, **changes), form, (9, 0), version)
+    for capability, right in (((10, 0), (3, 9)), ((9, 0), (3, 6)), ((8, 0), (3, 6))):
+        assert configs.refusal(tile, form, capability, right) is None
+    assert sentence in configs.refusal(dataclasses.replace(tile, **changes), form, (10, 0), version)
 
 
 def test_a_family_may_be_forced(gpu, monkeypatch):
@@ -200,3 +201,49 @@ def test_a_family_may_be_forced(gpu, monkeypatch):
     monkeypatch.setenv(FORCE, "trit")
     with pytest.raises(NoKernel, match="LLMFP4_KERNEL=trit names no kernel: known are "):
         choose(PROBLEM)
+
+
+@pytest.mark.skipif(machine.problem_with_triton() is not None, reason=machine.problem_with_triton() or "")
+def test_the_gpu_stage_compiles_few_kernels(monkeypatch):
+    """What test_gpu_triton.py asks Triton for, counted without compiling."""
+    import test_gpu_triton
+    from triton.runtime.jit import JITFunction
+    from triton_on_cpu import OnCpu
+
+    compiled = set()
+
+    class Kernel:
+        packed_metadata = function = None
+        run = launch_metadata = staticmethod(lambda *_: None)
+
+    def compile(self, key, *_, **__):
+        compiled.add((self.__name__, str(key)))
+        return Kernel()
+
+    def runs(packed, x, bias=None):
+        prepared = triton.KERNELS[0].prepare(packed, bias)
+        for kernel in triton.KERNELS:
+            if kernel.refusal(Problem.of(packed, len(x), x.dtype)) is None:
+                prepared.run(kernel, x)
+        return iter(())
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile)
+    monkeypatch.setattr(triton, "_unusable", lambda problem: None)
+    monkeypatch.setattr(test_gpu_triton, "runs", runs)
+    for bound in ("exact_and_bound", "fp8_bound"):
+        monkeypatch.setattr(test_gpu_triton, bound, lambda *_, **__: (0.0, 0.0))
+    monkeypatch.setattr(reference, "gemm", lambda x, *_: x)
+    monkeypatch.setattr(reference, "stored_weight", lambda packed: torch.zeros(1, packed.k, dtype=torch.float64))
+    with OnCpu((9, 0), multiprocessors=132, config=None, static=True):
+        for kind in (
+            "static_integers",
+            "dynamic_integers",
+            "floats",
+            "activations_that_are_no_integers",
+            "8_bit_floats",
+        ):
+            test = getattr(test_gpu_triton, f"test_{kind}")
+            (mark,) = test.pytestmark
+            for values in mark.args[1]:
+                test(*values) if isinstance(mark.args[0], tuple) else test(values)
+    assert 0.9 * test_gpu_triton.COMPILED < len(compiled) <= test_gpu_triton.COMPILED, len(compiled)

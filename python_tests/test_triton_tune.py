@@ -16,7 +16,7 @@ from llmfp4_kernels.backends.judge import Judge, random_weight
 from llmfp4_kernels.backends.triton import configs, machine, tuned
 from llmfp4_kernels.backends.triton.form import Form
 from llmfp4_kernels.errors import NoKernel
-from llmfp4_kernels.formats import E2M1, E4M3, RECIPES, Dynamic
+from llmfp4_kernels.formats import E2M1, E4M3, E4M3FN, E8M0, RECIPES, Dynamic
 from llmfp4_kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
@@ -112,34 +112,41 @@ def test_a_wrong_guess_ends_it(few_tiles, monkeypatch):
         few_tiles.tune(PROBLEM, StandIn(lambda config: SLOW), torch.device("cpu"), 600)
 
 
-@pytest.mark.parametrize("arch", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("arch", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("version", [(3, 6), (3, 9)], ids=str)
-def test_a_few_tiles_run_by_the_rules(arch, version):
+def test_a_few_tiles_run_by_the_rules(arch, version, monkeypatch):
     from llmfp4_kernels.backends.triton.tune import tiles
 
+    monkeypatch.setattr(machine.here, "capability", lambda index: arch, raising=False)
+    monkeypatch.setattr(machine, "version", lambda: version)
     for m in (1, 8, 16, 17, 64, 65, 4096):
-        for activation in (None, E2M1):
+        for activation in (None, E2M1, E4M3FN):
             form = Form.of("gemv" if m <= 16 else "gemm", Problem(m, 4096, 4096, E2M1, activation))
-            made = [dataclasses.replace(config, splits=1) for config in tiles(form, m, arch, version)]
+            made = tiles(form, m, arch, version)
             assert 4 <= len(set(made)) == len(made) <= 16, len(made)
-            assert all(configs.refusal(config, form, arch, version) is None for config in made)
+            whole = [dataclasses.replace(config, splits=1) for config in made]
+            assert all(configs.refusal(config, form, arch, version) is None for config in whole)
             assert all(config.tokens < 2 * max(m, 17) for config in made)
 
 
-@pytest.mark.parametrize(
-    "recipe", [name for name in RECIPES if name in ("llm-fp4", "gptq-fp4-a4", "nvfp4", "mxfp4-a8")]
-)
+JUDGED = ("llm-fp4", "gptq-fp4-a4", "nvfp4", "mxfp4-a8", "gptq-fp4-a8-fp8", "mxfp4-a8-fp8")
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name in JUDGED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_judge_knows_right_from_wrong(recipe, dtype):
+def test_the_judge_knows_right_from_wrong(recipe, dtype, monkeypatch):
+    """Sums of 8-bit floats have 14 bits: an eighth of the largest is wrong."""
+    monkeypatch.setattr(machine.here, "capability", lambda index: (8, 9), raising=False)
     problem = Problem.of_recipe(formats.recipe(recipe), 20, 70, 515, dtype=dtype)
     packed, x = random_weight(problem), torch.randn(20, 515).to(dtype)
     of_weight = Problem.of(packed, 20, dtype)
     assert dataclasses.replace(of_weight, device="cpu", scale_span=problem.scale_span) == problem
-    judge, right = Judge(packed, x), reference.gemm(x, packed).to(dtype)
+    judge, right = Judge(packed, x, recipe.endswith("-fp8")), reference.gemm(x, packed).to(dtype)
     assert right.isfinite().all()
     judge(right)
     for token, output in ((0, 0), (19, 69)):
-        for wrong in (right[token, output] * 1.05, float("nan")):
+        error = right.abs().max() / 8 if recipe.endswith("-fp8") else right[token, output] * 0.05
+        for wrong in (right[token, output] + error, float("nan")):
             y = right.clone()
             y[token, output] = wrong
             with pytest.raises(NoKernel, match=f"1 of {16 * 70} results"):
@@ -167,6 +174,15 @@ def test_the_weight_of_a_shift_without_activations_is_one_of_a_factor():
     )
 
 
+@pytest.mark.parametrize("span", [8, 9])
+def test_the_weights_scales_are_as_far_apart_as_operands_ask(span, monkeypatch):
+    """E3M0 is exact as 8-bit floats up to 8 binades."""
+    monkeypatch.setattr(machine.here, "capability", lambda index: (8, 9), raising=False)
+    problem = Problem(1, 40, 320, formats.E3M0, E4M3FN, E8M0, 32, dynamic=Dynamic(), scale_span=span)
+    form = Form.of("gemm", problem)
+    assert form.fp8 == (span == 8) and Form.of("gemm", Problem.of(random_weight(problem), 1, torch.float32)) == form
+
+
 def test_a_form_is_that_of_the_operands_that_are_made():
     from llmfp4_kernels.backends.triton.prepared import Prepared
 
@@ -176,9 +192,10 @@ def test_a_form_is_that_of_the_operands_that_are_made():
         dataclasses.replace(PROBLEM, activation=None, shift=False, x_factor=True, dtype=torch.bfloat16),
         dataclasses.replace(PROBLEM, activation=None, shift=False),
         dataclasses.replace(PROBLEM, activation=formats.element("e4m3"), shift=False, dynamic=Dynamic()),
+        dataclasses.replace(PROBLEM, activation=E4M3FN, shift=False, dynamic=Dynamic()),
     ):
-        form = Form.of("gemv", problem)
-        with OnCpu(static=True):
+        with OnCpu((8, 9), static=True):
+            form = Form.of("gemv", problem)
             packed = random_weight(problem)
             operands, _ = Prepared(packed, None).activations(torch.randn(3, 300).to(problem.dtype))
         assert str(operands.dtype) == f"torch.{form.operand}" and len(operands) == form.planes * form.parts

@@ -173,11 +173,12 @@ def test_a_file_that_does_not_hold_here_is_left_aside_with_a_warning(damage, sen
 def test_a_tile_before_which_triton_forgets_a_fence_is_left_aside(monkeypatch):
     wide = dataclasses.replace(TILE, rows=64, warps=4)
     monkeypatch.setattr(machine, "version", lambda: (3, 9))
+    monkeypatch.setattr(machine.here, "capability", lambda index=None: (10, 0))
     tuned.put(row(config=wide), GPU)
     assert tuned.choose(FORM, 16, GPU).config == wide
     monkeypatch.setattr(machine, "version", lambda: (3, 6))
     measured.forget()
-    with pytest.warns(UserWarning, match="4 warps use wgmma"):
+    with pytest.warns(UserWarning, match="4 warps use tcgen05"):
         assert tuned.choose(FORM, 16, GPU).config.warps == 2
 
 
@@ -189,7 +190,7 @@ def test_explain_says_where_the_tile_is_from(capsys, monkeypatch):
         assert cli.main(asked) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["runs"] == "triton.gemv" and result["tile"]["source"].startswith(source)
-        assert result["tile"]["config"] == dataclasses.asdict(config)
+        assert result["tile"]["config"] == dataclasses.asdict(config) and result["tile"]["operand"] == "int8"
         tuned.put(row(form=dataclasses.replace(FORM, planes=1)), GPU)
     assert cli.main(asked[:-1]) == 0
     assert "tile measured at m = 16, 2000-01-01, commit unknown (rows 32, tokens 16," in capsys.readouterr().out

@@ -13,11 +13,12 @@ import llmfp4_kernels.backends.triton as package
 
 FOLDER = Path(package.__file__).parent
 INTEGER, PLANES, SHARED_K, GROUPED, PARTS, GROUPS = "integer", "planes", "shared k", "grouped", "parts", "groups"
+FP8, CANCELLING = "8-bit floats", "8-bit floats that cancel"
 MUTANTS = [
     (INTEGER, "product.py", "rows past the end are read", "(rows % half)", "rows", "OutOfBounds"),
     (INTEGER, "product.py", "tokens past the end are read", "(tokens % m)", "tokens", "OutOfBounds"),
     (INTEGER, "product.py", "codes past the end of k", "inputs[None, :] < padded_k", "inputs[None, :] < padded_k + BLOCK_K", "OutOfBounds"),
-    (INTEGER, "product.py", "inputs past the end of k", "inputs[:, None] < k, other=0)\n            low", "inputs[:, None] < k + 64, other=0)\n            low", "OutOfBounds"),
+    (INTEGER, "product.py", "inputs past the end of k", "inputs[:, None] < k, other=zero)", "inputs[:, None] < k + 64, other=zero)", "OutOfBounds"),
     (INTEGER, "product.py", "the edge of outputs is not tested", "    valid &= rows < n\n", "", "OutOfBounds Race"),
     (INTEGER, "product.py", "both nibbles are one output", "    rows += half\n", "", "Race unwritten"),
     (INTEGER, "product.py", "rows of the next half are stored", "valid = rows < half", "valid = rows < n", f"Race {WRONG}"),
@@ -37,6 +38,13 @@ MUTANTS = [
     (GROUPED, "decode.py", "bytes of a bf16 swapped", "low, high, 0x5140", "low, high, 0x1504", WRONG),
     (PARTS, "operands.py", "the rest of a part is all of it", "rest - whole)", "rest)", WRONG),
     (GROUPS, "operands.py", "the worse factor is taken", "gain[:, None] > 0", "gain[:, None] < 0", WRONG),
+    (FP8, "decode.py", "zeros lose a group's exponent, too", "and.b32 b, b, $2;", "mov.b32 b, $2;", WRONG),
+    (FP8, "decode.py", "scales raise exponents", "sub.u32 a, a, b;", "add.u32 a, a, b;", WRONG),
+    (FP8, "decode.py", "a float's sign is lost", "a, signs, 0x80808080", "a, signs, 0x80800080", WRONG),
+    (FP8, "product.py", "both outputs have one scale", "decode(bytes, s_low, s_high", "decode(bytes, s_low, s_low", WRONG),
+    (FP8, "product.py", "a step forgets those before", "high += tl.dot", "high = tl.dot", WRONG),
+    (FP8, "operands.py", "floats are twice as large", "7.52316384526264e-37", "1.504632769052528e-36", WRONG),
+    (CANCELLING, "product.py", "sums stay in the tensor core", "acc=BLOCK_K", "acc=0", WRONG),
 ]  # fmt: skip
 
 

@@ -190,6 +190,11 @@ def tile(name: str, problem: Problem) -> Choice | None:
     return Choice(cuda_choices.tile_of(name, plan), measured_here(device).lacking)
 
 
+def operand(name: str, problem: Problem) -> str:
+    """The type that the row `name` multiplies a problem in."""
+    return Form.of(problem).operand
+
+
 def _unusable(problem: Problem) -> str | None:
     """Why no CUDA kernel runs here, whatever it multiplies."""
     why = unusable(problem, machine, native.problem_with_cuda)

@@ -37,13 +37,17 @@ def multiplies_fp8(problem: Problem) -> bool:
     return floats and problem.scale in (None, E8M0) and not problem.shift and not grouped
 
 
+def exponent(element: Element) -> int:
+    """The largest e such that E4M3 holds element · 2^e: 6 of E2M1, 7 of E1M2, 4 of E3M0."""
+    return math.frexp(E4M3FN.max / element.max)[1] - 1
+
+
 def most_binades(element: Element) -> int:
     """How far below its row's largest an E8M0 scale may be, so that E4M3 holds all of `element` as normal numbers.
 
     That is what csrc/cuda/decode_fp8.h asks for: 11 of E2M1, 12 of E1M2, 8 of E3M0.
     """
-    exponent = math.frexp(E4M3FN.max / element.max)[1] - 1
-    return math.frexp(element.magnitude(1))[1] - 1 + exponent - (1 - E4M3FN.bias)
+    return math.frexp(element.magnitude(1))[1] - 1 + exponent(element) - (1 - E4M3FN.bias)
 
 
 def refusal(problem: Problem, capability: tuple[int, int]) -> str | None:

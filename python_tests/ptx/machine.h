@@ -79,8 +79,8 @@ u32 swizzled(u32 address, u32 mode);
 enum Type { BF16, F16, S8, U8, E4M3, E5M2, S4, U4, TF32, E2M1, UE8M0, UE4M3 };
 void ldmatrix(Thread& T, int matrices, bool transposed, u32 address, u32* out);
 void stmatrix(Thread& T, int matrices, bool transposed, u32 address, const u32* in);
-void mma(Thread& T, int k, Type a_type, Type b_type, Type d_type, bool integer, bool saturate, u32* d, const u32* a,
-         const u32* b, const u32* c);
+void mma(Thread& T, int k, Type a_type, Type b_type, Type d_type, bool integer, bool saturate, bool in_14_bits, u32* d,
+         const u32* a, const u32* b, const u32* c);
 struct BlockScales {  // of one operand: the word of lane 4 g + thread (of A: + 1 for row g + 8), from this byte on
     u32 word, byte, thread;
 };

@@ -6,6 +6,8 @@
 #include "numbers.h"
 
 namespace ptx {
+float added_in_14_bits(float sum, const float* a, const float* b, int k, int sign);
+
 struct MatrixArg {
     u32 address;
     u32* words;
@@ -94,6 +96,16 @@ static void multiply(int k, const V* a, const V* b, V* c) {
             for (int j = 0; j < 8; j++) c[i * 8 + j] += a[i * k + x] * b[x * 8 + j];
 }
 
+// Ada's sums of 8-bit floats: 16 products at a time.
+static void multiply_in_14_bits(int k, const float* a, const float* b, float* c) {
+    float column[16];
+    for (int x = 0; x < k; x += 16)
+        for (int j = 0; j < 8; j++) {
+            for (int e = 0; e < 16; e++) column[e] = b[(x + e) * 8 + j];
+            for (int i = 0; i < 16; i++) c[i * 8 + j] = added_in_14_bits(c[i * 8 + j], a + i * k + x, column, 16, 1);
+        }
+}
+
 static float read_float(Type type, const u32* c, int i) {
     return type == F16 ? f16(u16(c[i / 2] >> (16 * (i & 1)))) : f32(c[i]);
 }
@@ -103,12 +115,12 @@ static void write_float(Type type, u32* d, int i, float v) {
     d[i / 2] = i & 1 ? (d[i / 2] & 0xffff) | u32(of_f16(v)) << 16 : of_f16(v);
 }
 
-static void multiply_floats(int k, Type ta, Type tb, Type td, void** arg) {
+static void multiply_floats(int k, Type ta, Type tb, Type td, bool in_14_bits, void** arg) {
     float a[16 * 64], b[64 * 8], c[128];
     unpack<float>(k, ta, tb, arg, decode_float, a, b);
     auto at = [](int lane, int i) { return ((lane >> 2) + 8 * (i >> 1)) * 8 + (lane & 3) * 2 + (i & 1); };
     for (int q = 0; q < 128; q++) c[at(q / 4, q % 4)] = read_float(td, ((MmaArg*)arg[q / 4])->c, q % 4);
-    multiply(k, a, b, c);
+    in_14_bits ? multiply_in_14_bits(k, a, b, c) : multiply(k, a, b, c);
     for (int q = 0; q < 128; q++) write_float(td, ((MmaArg*)arg[q / 4])->d, q % 4, c[at(q / 4, q % 4)]);
 }
 
@@ -124,12 +136,12 @@ static void multiply_ints(int k, Type ta, Type tb, bool saturate, void** arg) {
     }
 }
 
-void mma(Thread& T, int k, Type ta, Type tb, Type td, bool integer, bool saturate, u32* d, const u32* a, const u32* b,
-         const u32* c) {
+void mma(Thread& T, int k, Type ta, Type tb, Type td, bool integer, bool saturate, bool in_14_bits, u32* d,
+         const u32* a, const u32* b, const u32* c) {
     check_converged(T);
     MmaArg mine{d, a, b, c};
     collective(T, MMA, ~0u, &mine, [&](void** arg) {
-        integer ? multiply_ints(k, ta, tb, saturate, arg) : multiply_floats(k, ta, tb, td, arg);
+        integer ? multiply_ints(k, ta, tb, saturate, arg) : multiply_floats(k, ta, tb, td, in_14_bits, arg);
     });
 }
 

@@ -144,7 +144,9 @@ def mma(f, m, d, a, b, c):
     if not fits or m["c"] != m["d"] or (m["d"] == "f16" and m["a"] != "f16"):
         raise Refusal(f"mma m16n8k{k} of {m['a']} x {m['b']} + {m['c']} is not modelled")
     n = 2 if m["d"] == "f16" else 4
-    flags = f"{'F16' if n == 2 else 'TF32'}, {str(integer).lower()}, {str(bool(m['sat'])).lower()}"
+    in_14_bits = m["a"] in ("e4m3", "e5m2") and f.module.target == "sm_89"
+    flags = ", ".join(str(x).lower() for x in (integer, bool(m["sat"]), in_14_bits))
+    flags = f"{'F16' if n == 2 else 'TF32'}, {flags}"
     call = f"mma(T, {k}, {m['a'].upper()}, {m['b'].upper()}, {flags}"
     arrays = "".join(f"u32 {x}[] = {{{', '.join(f.values(v))}}}; " for x, v in (("ma", a), ("mb", b), ("mc", c)))
     stores = "".join(f" {x} = md[{i}];" for i, x in enumerate(f.values(d)))

@@ -121,10 +121,10 @@ static V added(V sum, const V* a, const V* b, int k, int sign) {
 
 static int exponent_of(float f) { return int(of_f32(f) >> 23 & 255) - 127; }
 
-// Sums of 8-bit floats, as MMA-Sim (arXiv 2511.10909) has found Hopper's: products and the sum before them are aligned
-// to the largest exponent (a product's is its operands' together), cut toward zero 13 bits below it and added; their
-// sum is cut 13 bits below its leading one.
-static float added_in_14_bits(float sum, const float* a, const float* b, int k, int sign) {
+// Sums of 8-bit floats, as MMA-Sim (arXiv 2511.10909) has found Hopper's and Ada's: products and the sum before them
+// are aligned to the largest exponent (a product's is its operands' together), cut toward zero 13 bits below it and
+// added; their sum is cut 13 bits below its leading one.
+float added_in_14_bits(float sum, const float* a, const float* b, int k, int sign) {
     int largest = sum == 0 ? -1000 : exponent_of(sum);
     for (int x = 0; x < k; x++) {
         if (!std::isfinite(a[x] * b[x])) return added(sum, a, b, k, sign);

@@ -88,6 +88,11 @@ def tile(name: str, problem: Problem) -> Choice:
     return tuned.choose(form, problem.m, device)
 
 
+def operand(name: str, problem: Problem) -> str:
+    """The type that the row `name` multiplies a problem in, on the GPU that holds it."""
+    return Form.of(name.removeprefix("triton."), problem).operand
+
+
 KERNELS = tuple(
     Kernel(f"triton.{name}", "pairs", functools.partial(refusal, name), _prepare) for name in ("gemv", "gemm")
 )

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from ...packed import padded_inputs
 from ..gpu import sm
+from . import fp8
 from .form import Form
+from .machine import FENCED
 
 GEMV_TOKENS = 16
-FENCED = (3, 9)
-"""Triton from this version on puts fence.proxy.async between cp.async and the tensor cores that read shared memory by
-themselves (sm_90 and later). 3.6.0 does not, and they may read before the copy is visible."""
 ROWS, TOKENS, BLOCKS_K, WARPS, STAGES = (32, 64, 128, 256), (8, 16, 32, 64, 128, 256), (64, 128, 256), (1, 2, 4, 8), 8
 """What a tile may have; stages up to this. From 64 inputs on, a step has whole lines of codes and of int8 operands."""
 SPLIT_LIMIT = 65535
@@ -53,9 +52,15 @@ TABLE = {
 }
 
 
+def adds_fence(config: Config, capability: tuple[int, int], version: tuple[int, int]) -> bool:
+    """Whether product.py brings the fence before wgmma that Triton forgets. It stands where Triton 3.9 has its own:
+    behind the wait for cp.async and the barrier, in every thread that is about to multiply."""
+    return config.warps % 4 == 0 and capability == (9, 0) and version < FENCED
+
+
 def unfenced(capability: tuple[int, int], version: tuple[int, int]) -> bool:
-    """Whether Triton forgets the fence before wgmma: it takes wgmma for four warps, and mma.sync for two."""
-    return capability >= (9, 0) and version < FENCED
+    """Whether tcgen05 is without one: Triton takes it for four warps, and mma.sync for two."""
+    return capability >= (10, 0) and version < FENCED
 
 
 def choose(form: Form, m: int, capability: tuple[int, int], version: tuple[int, int], multiprocessors: int) -> Config:
@@ -78,6 +83,11 @@ def splits(config: Config, form: Form, m: int, multiprocessors: int) -> int:
     return max(1, min(steps(config, form.k) // 4, 2 * multiprocessors // blocks))
 
 
+def sums(config: Config, form: Form) -> int:
+    """That the threads of a block hold; of 8-bit floats, those of a step beside all steps'."""
+    return 2 * (2 if form.fp8 else form.planes) * config.rows * config.tokens
+
+
 def refusal(config: Config, form: Form, capability: tuple[int, int], version: tuple[int, int]) -> str | None:
     """None, or why the kernel does not run in such tiles, or not right."""
     for name, allowed in (("rows", ROWS), ("tokens", TOKENS), ("block_k", BLOCKS_K), ("warps", WARPS)):
@@ -86,9 +96,9 @@ def refusal(config: Config, form: Form, capability: tuple[int, int], version: tu
             return f"{name} = {value} is none of {', '.join(map(str, allowed))}"
     if not 1 <= config.stages <= STAGES:
         return f"stages = {config.stages} are not 1 to {STAGES}"
-    sums, threads = 2 * form.planes * config.rows * config.tokens, 32 * config.warps
-    if sums > REGISTERS * threads:
-        return f"{sums} sums are {sums // threads} of each of {threads} threads, which have {REGISTERS} registers"
+    held, threads = sums(config, form), 32 * config.warps
+    if held > REGISTERS * threads:
+        return f"{held} sums are {held // threads} of each of {threads} threads, which have {REGISTERS} registers"
     # Triton keeps what all stages but one load, and scales, or what wgmma asks for, beside it.
     tokens = config.tokens * form.bits // 8 * form.planes * form.parts
     shared = (config.stages - 1) * config.block_k * (config.rows + tokens)
@@ -98,8 +108,23 @@ def refusal(config: Config, form: Form, capability: tuple[int, int], version: tu
     if config.rows < 16 * config.warps:
         return f"{config.warps} warps would multiply some of {config.rows} rows twice, each needs 16 of its own"
     if unfenced(capability, version) and config.warps % 4 == 0:
-        return f"{config.warps} warps use wgmma, before which Triton {version[0]}.{version[1]} forgets a fence"
+        return f"{config.warps} warps use tcgen05, before which Triton {version[0]}.{version[1]} forgets a fence"
+    if form.fp8 and (why := _refusal_of_fp8(config, capability)):
+        return why
     most = min(steps(config, form.k), SPLIT_LIMIT)
     if not 1 <= config.splits <= most:
         return f"splits = {config.splits} of k = {form.k} are not 1 to {most}, its steps"
+    return None
+
+
+def _refusal_of_fp8(config: Config, capability: tuple[int, int]) -> str | None:
+    if config.block_k > fp8.MOST_SUMMED:
+        return (
+            f"block_k = {config.block_k}: sums of 8-bit floats go to fp32 every {fp8.MOST_SUMMED} inputs at the latest"
+        )
+    if capability in fp8.WARPGROUP and (config.warps % 4 or config.tokens < fp8.LEAST_TOKENS):
+        return (
+            f"{config.warps} warps and {config.tokens} tokens: Triton would convert 8-bit floats to fp16, "
+            f"{sm(capability)} multiplies them by 4 or 8 warps and at least {fp8.LEAST_TOKENS} tokens"
+        )
     return None

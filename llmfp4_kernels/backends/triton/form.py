@@ -8,6 +8,7 @@ import torch
 
 from ...formats import int8_planes
 from ...problem import Problem
+from . import fp8
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class Operands:
 
     @staticmethod
     def of(problem: Problem) -> Operands:
+        """On the GPU that holds the problem."""
         if problem.integer:
             return Operands(torch.int8, planes=int8_planes(problem.activation, problem.dynamic, problem.shift))
+        if fp8.multiplies(problem):
+            return Operands(torch.float8_e4m3fn)
         if problem.activation:
             return Operands(torch.bfloat16)
         if problem.dtype == torch.float32:
@@ -39,7 +43,7 @@ class Form:
     kernel: str
     """ "gemv" or "gemm"."""
     operand: str
-    """ "int8", "float16" or "bfloat16"."""
+    """ "int8", "float8_e4m3fn", "float16" or "bfloat16"."""
     planes: int
     parts: int
     scale: str
@@ -58,4 +62,8 @@ class Form:
     @property
     def bits(self) -> int:
         """Of an operand."""
-        return 8 if self.operand == "int8" else 16
+        return 8 if self.operand == "int8" or self.fp8 else 16
+
+    @property
+    def fp8(self) -> bool:
+        return self.operand == "float8_e4m3fn"

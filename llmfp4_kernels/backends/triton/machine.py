@@ -9,6 +9,9 @@ import importlib
 from ..gpu import Machine
 
 LEAST_VERSION = (3, 6)
+FENCED = (3, 9)
+"""Triton from this version on puts fence.proxy.async between cp.async and the tensor cores that read shared memory by
+themselves (wgmma, tcgen05). 3.6.0 does not, and they may read before the copy is visible."""
 here = Machine()
 
 

@@ -3,13 +3,10 @@
     integers   int8 [planes, m, padded k] = element(x · 2^shift · x_factor / x_scale / group) · integer_scale · group
                                             · 2^(max_shift - shift),       x_scale [m]: the worth of one unit of a sum
     floats     bf16 [m, padded k]         = element(..) · group · 2^-shift of any activation: exact in 8 bits
+    E4M3       float8e4nv [m, padded k]   = element(..),              x_scale [m]: with the exponent of weights (fp8.py)
     parts      bf16 [parts, m, padded k]    that sum up to x · factor: exactly with three parts, to 2^-17 with two
 
-E4M3 activations are multiplied as bf16, not by FP8 tensor cores: the element reaches 480, the code of which is NaN to
-those. Of codes up to 448, too, `tl.dot` of float8e4nv would be another sum: for sm_90 Triton 3.6.0 and 3.9.0 emit wgmma
-that adds all of k in the tensor core, with about 14 bits as others have measured (not measured here); for sm_89 and
-sm_120 mma.sync on e4m3, for sm_100 tcgen05, for sm_90 with two warps mma.sync on fp16; for sm_80 they refuse. bf16 has
-every element: its products with weights are exact, its sums fp32's.
+bf16 has every element: its products with weights are exact, its sums fp32's.
 
 A program per token, or per block of a token's inputs. A token with NaN or Inf becomes zeros of worth NaN.
 """
@@ -49,6 +46,15 @@ def _rounded(v, top, mantissa, least):
     anchor = ((binade + ((23 - mantissa) << 23)) | 0x00400000).to(tl.float32, bitcast=True)
     whole = (magnitude + anchor) - anchor
     return (_bits(whole) | (_bits(v) & (-2147483647 - 1))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e4m3(v):
+    """float8e4nv of its value v: times 2^-120, fp32's exponent and first mantissa bits are E4M3's, of subnormals too.
+
+    A cast would round again, and Triton 3.6.0 casts to fp16 on the way (cvt.rz.f16.f32)."""
+    bits = _bits(v * 7.52316384526264e-37)
+    return (((bits >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def quantize(
     mantissa, least, emax, shift_top, m, k, padded_k,
     STATIC: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [m, k] of any dtype → operands [PLANES, m, padded_k] of int8 or bf16, x_scale fp32 [m]. Grid: tokens.
+    """x [m, k] of any dtype → operands [PLANES, m, padded_k] of int8, E4M3 or bf16, x_scale fp32 [m]. Grid: tokens.
 
     STATIC: the scale is static_scale, else the token's largest / reach; KIND of groups: "none", "integer", "e4m3",
     "e8m0" (scale 1). Of the element: top, the largest; most, the largest integer factor of a group; integer_scale;
@@ -154,7 +160,9 @@ def quantize(
                 whole = tl.where(far, 0, whole)
             tl.store(row + at, whole.to(tl.int8), at < padded_k)
         else:
-            tl.store(row + at, v.to(tl.bfloat16), at < padded_k)
+            if operands.dtype.element_ty == tl.float8e4nv:
+                v = _e4m3(v)
+            tl.store(row + at, v.to(operands.dtype.element_ty), at < padded_k)
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -11,7 +11,7 @@ from ...packed import PackedFP4, padded_inputs
 from ...problem import Kernel, Problem
 from ...reference import integer_scale
 from ..cuda import relative_scales
-from . import machine, tuned
+from . import configs, fp8, machine, tuned
 from .configs import Config
 from .decode import Lookup, lookup
 from .form import Form, Operands
@@ -34,6 +34,7 @@ class Prepared:
             raise NoKernel(
                 f"the Triton kernels take tensors on one GPU: codes are on {self.device}, others on {others}"
             )
+        self.limits = machine.here.capability(self.device.index), machine.version()
         self.packed = packed = to_layout(packed, "pairs")
         self.n, self.k = packed.shape
         self.padded_k, self.half = padded_inputs(self.k), -(-self.n // 2)
@@ -95,11 +96,12 @@ class Prepared:
     def _quantize(self, x: torch.Tensor, m: int, operands: torch.Tensor, kind: Operands) -> torch.Tensor:
         packed, element, dynamic = self.packed, self.packed.activation, self.packed.dynamic
         integer, group = kind.dtype == torch.int8, dynamic.group_scale if dynamic else None
+        unit = 2.0 ** -fp8.exponent(packed) if kind.dtype == torch.float8_e4m3fn else 1.0
         reach = {"integer": element.max_factor, "e4m3": E4M3_MAX}.get(group.name, 1) if group else 1
         x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
         quantize[(m,)](
             x, operands, x_scale, self.shift, self.factor,
-            static_scale=self.static_scale, unit=integer_scale(packed) if integer else 1.0,
+            static_scale=self.static_scale, unit=integer_scale(packed) if integer else unit,
             top=element.max, reach=element.max * reach, most=float(element.max_factor),
             integer_scale=float(element.integer_scale), scale_out=float(element.integer_scale) if integer else 1.0,
             mantissa=element.mantissa_bits, least=1 - element.bias, emax=element.max_shift - element.bias,
@@ -112,7 +114,8 @@ class Prepared:
 
     def _lookup(self, dtype: torch.dtype) -> Lookup:
         if dtype not in self.lookups:
-            self.lookups[dtype] = lookup(self.packed.element, dtype, machine.here.ptx)
+            exponent = fp8.exponent(self.packed) if dtype == torch.float8_e4m3fn else 0
+            self.lookups[dtype] = lookup(self.packed.element, dtype, machine.here.ptx, exponent)
         return self.lookups[dtype]
 
     def multiply(self, config: Config, operands: torch.Tensor, x_scale: torch.Tensor | None, y: torch.Tensor) -> None:
@@ -132,6 +135,7 @@ class Prepared:
             SCALE=self.packed.scale.name if self.packed.scale else "none", GROUP=self.packed.group_size,
             ROWS=config.rows, TOKENS=config.tokens, BLOCK_K=config.block_k,
             TABLE=table.table, LOW=table.low, HIGH=table.high,
+            FENCE=configs.adds_fence(config, *self.limits),
             num_warps=config.warps, num_stages=config.stages, **EXACT,
         )  # fmt: skip
         if splits > 1:

@@ -13,6 +13,8 @@ from .decode import decode, decode_scale
 
 PLANE_WEIGHT = tl.constexpr(128)
 """Of the second int8 plane of an integer operand."""
+FENCE_TEXT = tl.constexpr("{ fence.proxy.async.shared::cta; mov.b32 $0, $1; }")
+REGISTERS = tl.constexpr("=r,r")
 
 
 @triton.jit
@@ -54,10 +56,17 @@ def _leave(sum, plane, outputs, valid, tokens, y, partial, row_scale, bias, x_sc
 
 @triton.jit
 def _scales(scales, outputs, group, n, groups, dtype: tl.constexpr, SCALE: tl.constexpr):
-    """[outputs, group, 1] of `dtype` from uint8 [n, groups]."""
+    """[outputs, group, 1] of decode_scale's from uint8 [n, groups]; 127, E8M0's 1, is outside of E4M3 operands."""
+    outside: tl.constexpr = 127 if dtype == tl.float8e4nv else 0
     at = scales + outputs.to(tl.int64)[:, None] * groups + group[None, :]
-    bytes = tl.load(at, (outputs < n)[:, None] & (group < groups)[None, :], other=0)
+    bytes = tl.load(at, (outputs < n)[:, None] & (group < groups)[None, :], other=outside)
     return decode_scale(bytes, dtype, SCALE)[:, :, None]
+
+
+@triton.jit
+def _fence(x):
+    """What cp.async has written, and this thread knows of, is visible to wgmma."""
+    tl.inline_asm_elementwise(FENCE_TEXT, REGISTERS, [x], tl.int32, False, 1)
 
 
 @triton.jit(do_not_specialize=["m", "groups"])
@@ -65,14 +74,17 @@ def product(
     codes, x, y, partial, row_scale, bias, x_scale, scales, m, n, half, k, padded_k, groups,
     PLANES: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TABLE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    TABLE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
-    """codes uint8 [half, padded_k] of layout "pairs"; x [PLANES or PARTS, m, k] int8, fp16 or bf16;
+    """codes uint8 [half, padded_k] of layout "pairs"; x [PLANES or PARTS, m, k] int8, E4M3, fp16 or bf16;
     scales uint8 [n, groups]. Grid: tiles of tokens, tiles of rows, splits of k.
 
-    PLANES of int8 operands have sums of their own; PARTS of 16-bit operands are added up in one.
+    PLANES of int8 operands have sums of their own; PARTS of 16-bit operands are added up in one. Each step of E4M3
+    operands is a sum of its own, in the tensor core, added to fp32's: fp8.py.
     """
     dtype: tl.constexpr = x.dtype.element_ty
+    fp8: tl.constexpr = dtype == tl.float8e4nv
+    zero: tl.constexpr = 0.0 if fp8 else 0
     total: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -87,22 +99,36 @@ def product(
     for step in range(begin, end):
         inputs = step * BLOCK_K + tl.arange(0, BLOCK_K)
         bytes = tl.load(code_rows + inputs[None, :], inputs[None, :] < padded_k, other=0)
-        w_low, w_high = decode(bytes, dtype, TABLE, LOW, HIGH)
         if SCALE != "none":
             SHARED: tl.constexpr = min(GROUP, BLOCK_K)
             COUNT: tl.constexpr = BLOCK_K // SHARED
             group = step * BLOCK_K // GROUP + tl.arange(0, COUNT)
             s_low = _scales(scales, rows, group, n, groups, dtype, SCALE)
             s_high = _scales(scales, rows + half, group, n, groups, dtype, SCALE)
-            w_low = (w_low.reshape(ROWS, COUNT, SHARED) * s_low).reshape(ROWS, BLOCK_K)
-            w_high = (w_high.reshape(ROWS, COUNT, SHARED) * s_high).reshape(ROWS, BLOCK_K)
+        if fp8 and SCALE != "none":
+            s_low = tl.broadcast_to(s_low, ROWS, COUNT, SHARED).reshape(ROWS, BLOCK_K)
+            s_high = tl.broadcast_to(s_high, ROWS, COUNT, SHARED).reshape(ROWS, BLOCK_K)
+            w_low, w_high = decode(bytes, s_low, s_high, dtype, TABLE, LOW, HIGH)
+        else:
+            w_low, w_high = decode(bytes, None, None, dtype, TABLE, LOW, HIGH)
+            if SCALE != "none":
+                w_low = (w_low.reshape(ROWS, COUNT, SHARED) * s_low).reshape(ROWS, BLOCK_K)
+                w_high = (w_high.reshape(ROWS, COUNT, SHARED) * s_high).reshape(ROWS, BLOCK_K)
         for part in tl.static_range(PARTS):
             x_part = x_rows + part * m.to(tl.int64) * k
-            operand = tl.load(x_part + inputs[:, None], inputs[:, None] < k, other=0)
-            low = tl.dot(w_low, operand, low, out_dtype=total)
-            high = tl.dot(w_high, operand, high, out_dtype=total)
+            operand = tl.load(x_part + inputs[:, None], inputs[:, None] < k, other=zero)
+            if FENCE:
+                _fence(step)
+            if fp8:
+                low += tl.dot(w_low, operand, max_num_imprecise_acc=BLOCK_K)
+                high += tl.dot(w_high, operand, max_num_imprecise_acc=BLOCK_K)
+            else:
+                low = tl.dot(w_low, operand, low, out_dtype=total)
+                high = tl.dot(w_high, operand, high, out_dtype=total)
         if PLANES == 2:
             operand = tl.load(x_rows + m.to(tl.int64) * k + inputs[:, None], inputs[:, None] < k, other=0)
+            if FENCE:
+                _fence(step)
             low_plane = tl.dot(w_low, operand, low_plane, out_dtype=total)
             high_plane = tl.dot(w_high, operand, high_plane, out_dtype=total)
     valid = rows < half

@@ -19,7 +19,7 @@ from ..graphs import Stopwatch
 from ..judge import Judge, random_weight
 from ..measured import commit
 from ..trials import Trials
-from . import configs, machine, refusal
+from . import configs, fp8, machine, refusal
 from .configs import Config
 from .form import Form
 from .prepared import Prepared
@@ -35,7 +35,8 @@ def tiles(form: Form, m: int, capability: tuple[int, int], version: tuple[int, i
     """Tiles worth trying that run, without splits, small ones first."""
     unfenced = configs.unfenced(capability, version)
     if form.kernel == "gemv":
-        tokens, depths = [8 if m <= 8 else configs.GEMV_TOKENS], ((64, 6), (128, 4), (256, 3))
+        least = fp8.LEAST_TOKENS if form.fp8 and capability in fp8.WARPGROUP else 8
+        tokens, depths = [least if m <= least else configs.GEMV_TOKENS], ((64, 6), (128, 4), (256, 3))
         shares = ((32, 2), (64, 2), (128, 2)) if unfenced else ((32, 2), (64, 2), (64, 4), (128, 8))
     else:
         tokens, depths = [t for t in (32, 64, 128) if t == 32 or t < 2 * m], ((64, 4), (128, 3))
@@ -44,9 +45,9 @@ def tiles(form: Form, m: int, capability: tuple[int, int], version: tuple[int, i
         Config(rows, count, block_k, warps, stages)
         for count in tokens
         for rows, warps in shares
-        if rows * count * 2 * form.planes <= SUMS * 32 * warps
         for block_k, stages in depths
     ]
+    made = (config for config in made if configs.sums(config, form) <= SUMS * 32 * config.warps)
     once = ((config, dataclasses.replace(config, splits=1)) for config in made)
     return [config for config, whole in once if configs.refusal(whole, form, capability, version) is None]
 
@@ -66,7 +67,7 @@ class Tuning(Trials):
         packed, g = random_weight(problem), torch.Generator().manual_seed(1)
         x = torch.randn(problem.m, problem.k, generator=g).to(problem.dtype)
         y = torch.empty(problem.m, problem.n, dtype=x.dtype, device=device)
-        super().__init__(watch, Judge(packed, x), y, limit_s)
+        super().__init__(watch, Judge(packed, x, self.form.fp8), y, limit_s)
         prepared = Prepared(packed.to(device), None)
         self.operands, self.x_scale = prepared.activations(x.to(device))
         self.weights = [prepared, *(_elsewhere(prepared) for _ in range(watch.copies(prepared.codes.numel()) - 1))]
