@@ -67,7 +67,7 @@ _programs: dict[str, Future] = {}
 def program(ptx: str) -> Future:
     """The Program of a kernel, compiled once."""
     if ptx not in _programs:
-        _programs[ptx] = compiler.submit(Program, ptx, "-O0")
+        _programs[ptx] = compiler.submit(Program, ptx)
     return _programs[ptx]
 
 
