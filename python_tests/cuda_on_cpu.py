@@ -59,9 +59,13 @@ def program_of(source: Path, arch: str) -> Program:
     return Program(build.ptx(source.read_text(), arch, options))
 
 
-@functools.cache
 def all_kernels(arch: str = "sm_80") -> list[Program]:
     """Of every .cu file, compiled once; nvcc of two files runs side by side."""
+    return _all_kernels(arch)
+
+
+@functools.cache
+def _all_kernels(arch: str) -> list[Program]:
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda source: program_of(source, arch), SOURCES[arch]))
 
