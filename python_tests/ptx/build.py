@@ -62,7 +62,7 @@ def call(*command) -> str:
 def machine_key() -> str:
     """What -march=native and the compiler make of the sources."""
     target = subprocess.run(["g++", "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
-    return digest(target, *(p.read_text() for p in sorted(HERE.glob("*.h"))))
+    return digest(call("g++", "--version"), target, *(p.read_text() for p in sorted(HERE.glob("*.h"))))
 
 
 def digest(*parts: str) -> str:
@@ -147,8 +147,7 @@ def load_forms(path: Path) -> None:
 
 def form_library(texts: list[str]) -> str:
     """C++ of the forms, see function.py."""
-    out = ['#include <algorithm>\n#include "numbers.h"\nusing namespace ptx;']
-    out += ["#define r(type, i) (*(type*)(R + o->at[i]))"]
+    out = ["using namespace ptx;", "#define r(type, i) (*(type*)(R + o->at[i]))"]
     out += [f"static const Op* form_{i}(Thread& T, u8* R, const Op* o) {{ {text} }}" for i, text in enumerate(texts)]
     out += ["struct Form { const char* text; const Op* (*run)(Thread&, u8*, const Op*); };"]
     rows = ",\n".join(f"{{{json.dumps(text)}, form_{i}}}" for i, text in enumerate(texts))
@@ -166,12 +165,16 @@ def forms(texts: set[str]) -> dict[str, int]:
             for path in sorted(CACHE.glob(f"forms-{key}-*.so")):
                 load_forms(path)
         if new := sorted(texts - FORMS.keys()):
-            code = form_library(new)
+            code, compile = form_library(new), ("g++", "-O2", *FLAGS)
+            # Precompiled: most libraries have few forms.
+            header = cached(
+                f"numbers-{key}.h.gch", lambda out: call(*compile, "-x", "c++-header", HERE / "numbers.h", "-o", out)
+            )
 
             def make(out: Path) -> None:
                 source = out.with_suffix(".cpp")
                 source.write_text(code)
-                call("g++", "-O2", *FLAGS, "-I", HERE, "-shared", source, "-o", out)
+                call(*compile, "-include", header.with_suffix(""), "-shared", source, "-o", out)
 
             load_forms(cached(f"forms-{key}-{digest(code)}.so", make))
     return FORMS
