@@ -53,10 +53,14 @@ def headers_key() -> str:
     return build.digest(*(p.read_text() for p in sorted(CSRC.glob("c*/*.h"))))
 
 
-def program_of(source: Path, arch: str) -> Program:
-    """A .cu file of csrc/cuda."""
+def ptx_of_file(source: Path, arch: str) -> str:
+    """The PTX of a .cu file of csrc/cuda."""
     options = ("-I", str(source.parent), f"-DHEADERS={headers_key()}")
-    return Program(build.ptx(source.read_text(), arch, options))
+    return build.ptx(source.read_text(), arch, options)
+
+
+def program_of(source: Path, arch: str) -> Program:
+    return Program(ptx_of_file(source, arch))
 
 
 def all_kernels(arch: str = "sm_80") -> list[Program]:
