@@ -197,4 +197,4 @@ def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=ALL_HEADERS)
 
 
 def ptx_of(numbers, arch="sm_80", **of) -> str:
-    return build.ptx(combined(numbers, **of), arch, (f"-DHEADERS={headers_key()}",))
+    return build.ptx(combined(numbers, **of), arch, (f"-DHEADERS={headers_key()}",), lines=False)

@@ -81,8 +81,9 @@ def cached(name: str, make) -> Path:
     return path
 
 
-def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = ()) -> str:
-    """The PTX that nvcc makes of CUDA C++ text."""
+def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = (), lines: bool = True) -> str:
+    """The PTX that nvcc makes of CUDA C++ text; half of it are the source's lines, which faults name."""
+    options = (*options, *["-lineinfo"] * lines)
     key = digest(cuda, arch, *options, call(nvcc(), "--version"))
 
     def make(out: Path) -> None:
@@ -93,7 +94,6 @@ def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = ()) -> str:
             nvcc(),
             "-std=c++17",
             "-O3",
-            "-lineinfo",
             "-ptx",
             "-gencode",
             f"arch={code},code={code}",
