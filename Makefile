@@ -18,7 +18,7 @@ demo: build
 	$(PY) benchmarks/demo.py
 
 # Idle OpenMP threads sleep: spinning ones make small products thousands of times slower beside a busy process.
-# Two processes: that of the GPU kernels waits mostly for g++, which makes machine code of their PTX, a file at a time.
+# Two processes: that of the GPU kernels waits mostly for nvcc, a file at a time.
 GPU_TESTS := $(wildcard python_tests/test_cuda_*.py python_tests/test_ptx_*.py python_tests/test_triton_*.py \
 	python_tests/test_gpu_rehearsed.py python_tests/test_instruction_forms.py)
 test: export OMP_WAIT_POLICY = passive

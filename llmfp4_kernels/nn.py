@@ -14,7 +14,7 @@ from .errors import BadInput, NoKernel
 from .formats import Element, Recipe
 from .formats import element as element_named
 from .formats import recipe as recipe_named
-from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of, require_bias
+from .ops import CurrentMultiplier, Multiplier, as_bytes, needs_dispatcher, packed_of, require_bias, require_tensors
 from .packed import PackedFP4, codes_shape, describe_dynamic
 from .problem import Problem
 
@@ -170,7 +170,8 @@ class FP4Linear(FP4Module, nn.Linear):
 
     A fresh layer has codes and scales of zero. Weights are frozen; the gradient with respect to x is that of the
     dequantized weight. layer(x, residual) adds a residual of y's shape and dtype before the one rounding to it, inside
-    of the kernel or after its product (ops.linear; Kernel.fuses_epilogue says which).
+    of the kernel or after its product (ops.linear; Kernel.fuses_epilogue says which). Raises BadInput for an x that
+    is no tensor [..., in_features] of a float dtype, and for a residual that does not match y.
     """
 
     gated = False
@@ -254,11 +255,12 @@ class FP4Linear(FP4Module, nn.Linear):
         compiling, bias = torch.compiler.is_compiling(), self._parameters.get("bias")
         trained = bias is not None and bias.requires_grad
         inside = None if trained else residual
-        if (compiling or torch._C._is_any_autocast_enabled()) and not x.is_meta:
+        if (compiling or torch._C._is_any_autocast_enabled()) and not getattr(x, "is_meta", True):
             kind = x.device.type
             x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         codes = self._parameters["codes"]
         if compiling or needs_dispatcher(x, codes) or (residual is not None and needs_dispatcher(residual, codes)):
+            require_tensors(x, residual)
             *tensors, spec = self.op_arguments()
             y = torch.ops.llmfp4.linear(x, *tensors, self._fused_bias(), spec, inside, self.gated)
         else:

@@ -54,17 +54,29 @@ def packed_of(codes, row_scale, group_scale, x_scale, shift, x_factor, spec: str
 def needs_dispatcher(x: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether a call must go through the custom op: for a gradient, or because tensors have no memory to point at.
 
-    Fake and meta tensors, vmap's batches and tensor subclasses have none; a trace would not see the call.
+    Fake and meta tensors, vmap's batches, nested tensors and subclasses have none; a trace would not see the call.
+    True also of what is no tensor: refusing it is left to `require_tensors`, off the way of the calls that are timed.
     """
     return (
         type(x) is not torch.Tensor
         or (x.requires_grad and torch.is_grad_enabled())
         or x.is_meta
+        or x.is_nested
         or codes.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def require_tensors(x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Raise BadInput for an x or residual that is no tensor, or a nested one, which has no shape."""
+    for name, given in (("x", x), ("residual", residual)):
+        if given is None and name == "residual":
+            continue
+        if not isinstance(given, torch.Tensor) or given.is_nested:
+            what = "nested tensor" if isinstance(given, torch.Tensor) else type(given).__name__
+            raise BadInput(f"{name} is a {what}: one tensor [..., {'k' if name == 'x' else 'n'}] is needed")
 
 
 FEW_ROWS = 16

@@ -251,9 +251,16 @@ class PackedFP4:
             raise BadFile(f"{path} is not a packed FP4 tensor: {error!r}") from error
 
 
+def path_of(path: str | Path) -> Path:
+    """`path` as a Path. Raises BadInput for what names no file."""
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(f"a path is needed, got {path!r}, a {type(path).__name__}")
+    return Path(path)
+
+
 def write_beside(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it: an interrupted write leaves the old file or none."""
-    path = Path(path)
+    path = path_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -279,13 +286,14 @@ def open_safetensors(path: str | Path):
     """An open safetensors file whose metadata names our format and a version we read. Raises BadFile."""
     from safetensors import safe_open
 
-    if not Path(path).is_file():
+    path = path_of(path)
+    if not path.is_file():
         raise BadFile(f"there is no file {path}")
     try:
         file = safe_open(path, "pt")
         metadata = file.metadata() or {}
     except Exception as error:
-        size = Path(path).stat().st_size
+        size = path.stat().st_size
         raise BadFile(f"{path} ({size} bytes) is not a whole safetensors file: {error}") from error
     try:
         version = json.loads(metadata[FORMAT])["version"]

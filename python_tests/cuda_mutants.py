@@ -26,8 +26,11 @@ INSTANCES = {  # name of the launch → the registry row that launches it, its p
     ),
     "gemm_sm80_int8_packed_64x32": ("cuda.sm80-packed", "Gemm<PackedInt8>", "gemm_block<PackedInt8, false, 1, 4>(p)"),
     "gemm_sm80_int8_grouped_64x32": ("cuda.sm80", "Gemm<GroupedInt8>", "gemm_block<GroupedInt8, true, 1, 4>(p)"),
+    "split_activations": ("cuda.gemv", "Split", "split_token(p)"),
 }
-QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, BF16_SHIFTED, PACKED, INT8_GROUPED = INSTANCES
+QUANTIZE, GEMV, GEMM, GROUPED, GEMV_SHIFTED, SHIFTED, BF16_SHIFTED, PACKED, INT8_GROUPED, SPLIT = INSTANCES
+LOWER_PART = "            if (is_finite(rest) && !is_finite(widen(part, Dtype::bf16))) --part;\n"
+STORE_PART = "            part_of(plane) = part;\n"
 MUTANTS = [
     (GEMM, "gemm_sm80.h", "waits for one group too few", "<gemm_stages - 2>", "<gemm_stages - 1>", "MissingWait"),
     (GEMM, "gemm_sm80.h", "sums leave while copies arrive", "    wait_for_copies<0>();\n", "", "MissingWait Race"),
@@ -53,6 +56,8 @@ MUTANTS = [
     (GEMM, "epilogue.h", "gates and ups have columns of their own", "return gated ? n / 2 : n;", "return n;", f"{WRONG} OutOfBounds"),
     (GEMM, "epilogue.h", "tiles of gates overlap", "(gated ? tile.out0 / 2 : tile.out0) + column", "tile.out0 + column", f"{WRONG} OutOfBounds Race"),
     (GEMM, "epilogue.h", "the gate of a growing exponential", "exponential(-x)", "exponential(x)", WRONG),
+    (GEMM, "epilogue.h", "gates below -87 have no floor", "    x = x < -87.0f ? -87.0f : x;\n", "", WRONG),
+    (GEMM, "epilogue.h", "exponents beyond fp32", "    x = fminf(fmaxf(x, -87.0f), 87.0f);\n", "", WRONG),
     (GEMM, "epilogue.h", "a power of two too many", "power_of_two(truncate(n))", "power_of_two(truncate(n) + 1)", WRONG),
     (GEMM, "epilogue.h", "the residual of another row", "load_wide(out.residual, out.dtype, at)", "load_wide(out.residual, out.dtype, column)", WRONG),
     (GEMM, "epilogue.h", "the residual is forgotten", "if (out.residual) v", "if (false) v", WRONG),
@@ -129,6 +134,11 @@ MUTANTS = [
     (INT8_GROUPED, "decode_grouped.h", "a scale of other bits", "(byte & 0x7fu) << 20", "(byte & 0x7fu) << 19", WRONG),
     (INT8_GROUPED, "device.h", "half a product's operands swapped", '"r"(a0), "r"(a1), "r"(b)', '"r"(a1), "r"(a0), "r"(b)', WRONG),
     (INT8_GROUPED, "epilogue.h", "scales of tokens are left out", "if (out.x_scale) whole", "if (false) whole", WRONG),
+    (SPLIT, "split.h", "parts are stored before they are lowered", LOWER_PART + STORE_PART, STORE_PART + LOWER_PART, WRONG),
+    (SPLIT, "split.h", "parts beyond bf16's largest are infinite", LOWER_PART, "", WRONG),
+    (SPLIT, "split.h", "every part of the whole", "sub(rest, widen(part, Dtype::bf16))", "rest", WRONG),
+    (SPLIT, "split.h", "one factor for all inputs", "q.factor[i]", "q.factor[0]", WRONG),
+    (SPLIT, "split.h", "parts of two tokens meet", "token * q.planes + plane", "token + plane", f"{WRONG} Race"),
 ]  # fmt: skip
 HEADERS = [
     CSRC / name
@@ -152,6 +162,7 @@ HEADERS = [
         "cuda/gemm_sm80.h",
     ]
 ]
+ALL_HEADERS = [*HEADERS, CSRC / "cuda/split.h"]
 INCLUDES = "#include <cstddef>\n#include <cstdint>\n#include <stdexcept>\n#include <string>\n"
 CUDA_INCLUDES = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
 
@@ -169,8 +180,8 @@ def mutated(file: str, old: str, new: str, headers=HEADERS) -> str:
     return "\n".join(texts)
 
 
-def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=HEADERS) -> str:
-    """The mutants of these numbers in one file, number i's kernel called mutant_i: nvcc and g++ start once."""
+def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=ALL_HEADERS) -> str:
+    """The mutants of these numbers in one file, number i's kernel called mutant_i: nvcc starts once."""
     parts = [INCLUDES, CUDA_INCLUDES]
     for i in numbers:
         kernel, file, _, old, new, _ = mutants[i]
@@ -186,6 +197,4 @@ def combined(numbers, mutants=MUTANTS, instances=INSTANCES, headers=HEADERS) -> 
 
 
 def ptx_of(numbers, arch="sm_80", **of) -> str:
-    text = build.ptx(combined(numbers, **of), arch, (f"-DHEADERS={headers_key()}",))
-    build.kernels(text)
-    return text
+    return build.ptx(combined(numbers, **of), arch, (f"-DHEADERS={headers_key()}",), lines=False)

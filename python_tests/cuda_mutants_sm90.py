@@ -73,6 +73,7 @@ MUTANTS = [
     (GEMM, "epilogue_eights.h", "outputs of a pair swapped", "rounded_pair(v[2], v[3], dtype)", "rounded_pair(v[3], v[2], dtype)", WRONG),
     (GEMM, "gemm_sm90.h", "copies do not see the barriers", "        barriers_ready();\n", "", "MissingFence"),
     (GEMM, "epilogue_eights.h", "rows of any length", "out.columns() % 8 == 0 && ", "", "Misaligned OutOfBounds"),
+    (GEMM, "epilogue_eights.h", "planes are tokens", "out.planes == 1 && ", "", f"{WRONG} OutOfBounds"),
     (GEMM, "epilogue_eights.h", "ups of the same eight", "(out, sums + 8, token, o + 8, up)", "(out, sums, token, o, up)", WRONG),
     (GEMM, "epilogue_eights.h", "gates in the columns of the weight", "(gated ? o / 2 : o)", "o", f"{WRONG} OutOfBounds Race"),
     (GEMM, "epilogue_eights.h", "ups are gates, too", "gated ? 16 : 8", "8", f"{WRONG} OutOfBounds Race Misaligned"),

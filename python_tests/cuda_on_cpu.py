@@ -53,20 +53,25 @@ def headers_key() -> str:
     return build.digest(*(p.read_text() for p in sorted(CSRC.glob("c*/*.h"))))
 
 
-def translated(source: Path, arch: str) -> str:
-    """The PTX of a .cu file of csrc/cuda, translated and compiled into the cache."""
+def ptx_of_file(source: Path, arch: str) -> str:
+    """The PTX of a .cu file of csrc/cuda."""
     options = ("-I", str(source.parent), f"-DHEADERS={headers_key()}")
-    text = build.ptx(source.read_text(), arch, options)
-    build.kernels(text)
-    return text
+    return build.ptx(source.read_text(), arch, options)
+
+
+def program_of(source: Path, arch: str) -> Program:
+    return Program(ptx_of_file(source, arch))
+
+
+def all_kernels(arch: str = "sm_80") -> list[Program]:
+    """Of every .cu file, compiled once; nvcc of two files runs side by side."""
+    return _all_kernels(arch)
 
 
 @functools.cache
-def all_kernels(arch: str = "sm_80") -> list[Program]:
-    """Of every .cu file, compiled once; nvcc and g++ of two files run side by side."""
+def _all_kernels(arch: str) -> list[Program]:
     with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(lambda source: translated(source, arch), SOURCES[arch]))
-    return [Program(text) for text in texts]
+        return list(pool.map(lambda source: program_of(source, arch), SOURCES[arch]))
 
 
 class CpuMachine:

@@ -98,7 +98,7 @@ def mutated(kernel: str, old: str, new: str) -> str:
 
 
 def combined() -> str:
-    """All of them in one file, kernel i named gemm_i or reduction_i: nvcc and g++ start once."""
+    """All of them in one file, kernel i named gemm_i or reduction_i: nvcc starts once."""
     parts = ["#include <cstdint>"]
     for i, (kernel, _, old, new, _) in enumerate([("gemm", "", "", "", ""), ("reduction", "", "", "", ""), *MUTANTS]):
         text = mutated(kernel, old, new) if old else (KERNELS / f"{kernel}.cu").read_text()

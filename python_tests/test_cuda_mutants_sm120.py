@@ -49,6 +49,8 @@ def problems(kernel):
         x = random_x(4, 64)
         x[:, 16:32] *= 1e-6
         yield small, x, None, 1
+        x[:, 32:] = 1.5 * 2.0**-126  # E8M0 begins at 2^-127, and E2M1's largest value takes two binades more
+        yield scaled(20, 64, E8M0, 32, Dynamic(32, E8M0)), x, None, 1
 
 
 def right(packed, x, bias, y) -> bool:

@@ -48,7 +48,8 @@ def problems(kernel):
     yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300, torch.bfloat16), torch.randn(150), 1
     yield random_packed(152, 130, E2M1, E2M1, True), random_x(20, 130, torch.float16), torch.randn(152), 1
     yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300), None, 8
-    yield random_packed(70, 130, E2M1, E3M0, True), random_x(15, 130), None, 1
+    for n in (70, 48):
+        yield random_packed(n, 130, E2M1, E3M0, True), random_x(15, 130), None, 1
 
 
 def epilogue_is_right(instead, programs) -> bool:

@@ -6,7 +6,7 @@ import torch
 from cases import random_packed, random_x, same_bits
 from cuda_mutants import HEADERS, ptx_of
 from cuda_mutants_sm90 import OF
-from cuda_on_cpu import CSRC, OnCpu, translated
+from cuda_on_cpu import CSRC, OnCpu, program_of
 from ptx import FAULTS, Program, missing
 
 from llmfp4_kernels import native, reference
@@ -46,7 +46,7 @@ def programs():
     of = {"mutants": VARIANTS, "instances": INSTANCES, "headers": HEADERS}
     warps = ptx_of(range(len(VARIANTS)), "sm_90a", **of)
     groups = ptx_of(range(len(VARIANTS_SM90)), "sm_90a", **OF | {"mutants": VARIANTS_SM90, "instances": SM90})
-    first = Program(translated(CSRC / "cuda" / "activations.cu", "sm_90a"))
+    first = program_of(CSRC / "cuda" / "activations.cu", "sm_90a")
     of_warps = [first, Program(warps)]
     return {"gemv_int8_8": of_warps, "gemm_sm80_int8_64x32": of_warps, "gemm_sm90_int8_32": [first, Program(groups)]}
 

@@ -2,14 +2,16 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from test_families import TOKENS, llama
 
-from llmfp4_kernels import FP4Linear, load_quantized, quantize_model, reference, save_quantized
+from llmfp4_kernels import FP4Linear, PackedFP4, load_quantized, quantize_model, reference, save_quantized
 from llmfp4_kernels.errors import BadFile, BadInput
 from llmfp4_kernels.formats import E2M1, E4M3, INTEGER, Dynamic
+from llmfp4_kernels.integrations.transformers import load_dense, load_tokenizer
 from llmfp4_kernels.quantizer import search_linear
 
 
@@ -52,6 +54,50 @@ def test_layers_that_are_none_are_bad_files(entry, tmp_path):
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadFile, match=f"describes layer {name} as"):
         load_quantized(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"saved"], ids=str)
+def test_what_is_no_path(path):
+    model = llama()
+    quantize_model(model, "mxfp4", progress=False)
+    packed = next(m for m in model.modules() if isinstance(m, FP4Linear)).packed()
+    saves = packed.save, partial(save_quantized, model)
+    for use in (load_quantized, load_dense, load_tokenizer, PackedFP4.load, *saves):
+        with pytest.raises(BadInput, match=f"a path is needed, got {path!r}"):
+            use(path)
+
+
+def nested(layout=torch.strided):
+    return torch.nested.nested_tensor([torch.ones(3, 32), torch.ones(2, 32)], layout=layout)
+
+
+NO_TENSORS = [[1.0] * 32, 3.0, "x", nested(), nested(torch.jagged)]
+
+
+@pytest.mark.parametrize("given", NO_TENSORS, ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("trained", [False, True], ids=["", "trained bias"])
+def test_a_layer_wants_tensors(given, trained):
+    layer, x = FP4Linear.from_linear(torch.nn.Linear(32, 16), "mxfp4"), torch.ones(3, 32)
+    layer.bias.requires_grad_(trained)
+    what = "nested tensor" if isinstance(given, torch.Tensor) else type(given).__name__
+    for autocast in (False, True):
+        with torch.autocast("cpu", enabled=autocast):
+            for arguments in ((given,), (given, torch.ones(3, 16))):
+                with pytest.raises(BadInput, match=f"x is a {what}"):
+                    layer(*arguments)
+            for wants_gradient in (False, True):
+                with pytest.raises(BadInput, match=f"residual is a {what}"):
+                    layer(x.clone().requires_grad_(wants_gradient), given)
+    with pytest.raises(BadInput, match="x is a NoneType"):
+        layer(None)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_search_wants_dense_tensors(layout):
+    x, weight = torch.ones(5, 32), torch.ones(16, 32)
+    for name, arguments in {"x": (nested(layout), weight), "weight": (x, nested(layout))}.items():
+        with pytest.raises(BadInput, match=f"{name} is a nested tensor of 2"):
+            search_linear(*arguments)
 
 
 def test_a_file_is_no_folder(tmp_path):

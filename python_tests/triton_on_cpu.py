@@ -4,7 +4,7 @@
         y = gpu.run(prepared, "triton.gemv", x)
         gpu.later(prepared, "triton.gemm", x, judge)  # judge(y) when the block is left
 
-Launches wait until somebody wants their results, while g++ compiles their kernels.
+Launches wait until somebody wants their results, while threads make Programs of their kernels.
 
 Two things are put in the place of the GPU's: `machine.here`, and Triton's driver, which names the architecture that is
 compiled for and is handed grid, kernel and arguments of each launch.
@@ -39,7 +39,7 @@ READ_ONLY = {
 }
 """What a kernel may not write. Its other tensors it may not read, and must write whole."""
 SMALL = configs.Config(rows=32, tokens=8, block_k=64, warps=2, stages=3)
-"""A tile whose PTX is short: translating it is most of a test's time."""
+"""A tile whose PTX is short: making it is most of a test's time."""
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
@@ -61,14 +61,14 @@ class CpuMachine:
 
 
 compiler = ThreadPoolExecutor(2)
-"""g++ runs in its threads, while Triton compiles the next kernel in ours."""
+"""Programs are made in its threads, while Triton compiles the next kernel in ours."""
 _programs: dict[str, Future] = {}
 
 
 def program(ptx: str) -> Future:
     """The Program of a kernel, compiled once."""
     if ptx not in _programs:
-        _programs[ptx] = compiler.submit(Program, ptx, "-O0")
+        _programs[ptx] = compiler.submit(Program, ptx)
     return _programs[ptx]
 
 

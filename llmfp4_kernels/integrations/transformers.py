@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import BadFile, BadInput, LLMFP4Error
 from ..nn import FP4Module
-from ..packed import FORMAT, VERSION, open_safetensors, write_safetensors
+from ..packed import FORMAT, VERSION, open_safetensors, path_of, write_safetensors
 from .attention import AttentionOperands, attention_operands, use_attention
 from .layers import empty_layer, fill_tree, layer_entries, share_codes, tensors_to_save
 
@@ -84,7 +84,7 @@ def refuse_save_pretrained(model: PreTrainedModel) -> None:
 
 def load_dense(path: str | Path, dtype: torch.dtype = torch.float32):
     """(model, tokenizer) from a local transformers folder or a .gguf file. Raises BadFile if there is none."""
-    path = Path(path)
+    path = path_of(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadFile(f"there is no file {path}")
@@ -154,7 +154,7 @@ def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None, report
     attention = {name: operands.to_dict() for name, operands in attention_operands(model).items()}
     if not entries and not attention:
         raise BadInput(f"{type(model).__name__} has no FP4 layer: quantize_model comes first")
-    out_dir = Path(out_dir)
+    out_dir = path_of(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise BadInput(f"{out_dir} is a file: a model is saved as a folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def load_quantized(path: str | Path, model: nn.Module | None = None):
     A model that is none of transformers' is built by you: give its dense tree as `model`, which is filled in place.
     Raises BadFile for a missing, truncated or foreign folder, before anything is built.
     """
-    path = Path(path)
+    path = path_of(path)
     config = _check_folder(path)
     if model is not None:
         return fill_tree(model, path / WEIGHTS, config["quantization_config"]["layers"]).eval()
@@ -253,7 +253,7 @@ def load_quantized(path: str | Path, model: nn.Module | None = None):
 
 def require_tokenizer(path: str | Path) -> None:
     """Raise BadFile for a folder without a tokenizer's files."""
-    path, names = Path(path), ("tokenizer*", "vocab*", "*.model")
+    path, names = path_of(path), ("tokenizer*", "vocab*", "*.model")
     if not any(found for name in names for found in path.glob(name)):
         raise BadFile(f"{path} has no tokenizer beside its model, no file {', '.join(names)}: save one there")
 

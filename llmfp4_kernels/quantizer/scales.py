@@ -21,9 +21,11 @@ def scale_of_largest(largest: torch.Tensor, element: Element) -> torch.Tensor:
 
 
 def require_values(name: str, x: torch.Tensor) -> None:
-    """Raise BadInput unless x is a dense tensor with values."""
+    """Raise BadInput unless x is one dense tensor with values."""
     if not isinstance(x, torch.Tensor):
         raise BadInput(f"{name} must be a tensor, got a {type(x).__name__}")
+    if x.is_nested:
+        raise BadInput(f"{name} is a nested tensor of {x.size(0)}: a dense one is needed")
     if x.layout != torch.strided:
         raise BadInput(f"{name} of shape {list(x.shape)} has the layout {x.layout}: a dense tensor is needed")
     if x.is_meta:

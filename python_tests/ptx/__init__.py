@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from . import build
 from .build import missing
+from .kernels import KernelRecord, translate
 from .program import Refusal
 
 __all__ = [
@@ -85,10 +85,10 @@ MODES = {In: 1, Out: 2}
 
 
 class Program:
-    def __init__(self, ptx: str, level: str = "-O1"):
+    def __init__(self, ptx: str):
         self.ptx = ptx
-        self.names = re.findall(r"\.entry\s+([\w$]+)", ptx)
-        self.kernels = build.kernels(ptx, level)
+        self.kernels = translate(ptx)
+        self.names = list(self.kernels)
         self.machine = build.runtime()
         self.machine.ptx_error.restype = self.machine.ptx_error_kind.restype = ctypes.c_char_p
         self.machine.ptx_run.restype = ctypes.c_bool
@@ -128,7 +128,7 @@ class Program:
     def record(self, kernel: str) -> KernelRecord:
         if kernel not in self.names:
             raise FAULTS["BadLaunch"](f"no kernel {kernel}; there are {', '.join(self.names)}")
-        return KernelRecord.in_dll(self.kernels, f"kernel_{kernel}")
+        return self.kernels[kernel].record
 
     def start(self, record, grid, block, shared, pointers, outs, seed, limit_s) -> Report:
         begin = time.perf_counter()
@@ -167,24 +167,6 @@ class Program:
                 outs += [count] if isinstance(a, Out) else []
                 count += 1
         return outs
-
-
-class Extent(ctypes.Structure):
-    _fields_ = [("offset", ctypes.c_uint32), ("bytes", ctypes.c_uint32)]  # Param of state.h
-
-
-class KernelRecord(ctypes.Structure):
-    """Kernel of state.h, as far as it is read here."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("body", ctypes.c_void_p),
-        *(
-            (n, ctypes.c_uint32)
-            for n in ("static_shared", "dynamic_align", "param_bytes", "params", "sites", "max_threads")
-        ),
-        ("param", ctypes.POINTER(Extent)),
-    ]
 
 
 @dataclass

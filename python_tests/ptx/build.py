@@ -6,16 +6,16 @@ import ctypes
 import functools
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from .translate import translate
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "ptx"
@@ -62,7 +62,7 @@ def call(*command) -> str:
 def machine_key() -> str:
     """What -march=native and the compiler make of the sources."""
     target = subprocess.run(["g++", "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
-    return digest(target, *(p.read_text() for p in sorted(HERE.glob("*.h"))))
+    return digest(call("g++", "--version"), target, *(p.read_text() for p in sorted(HERE.glob("*.h"))))
 
 
 def digest(*parts: str) -> str:
@@ -81,8 +81,9 @@ def cached(name: str, make) -> Path:
     return path
 
 
-def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = ()) -> str:
-    """The PTX that nvcc makes of CUDA C++ text."""
+def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = (), lines: bool = True) -> str:
+    """The PTX that nvcc makes of CUDA C++ text; half of it are the source's lines, which faults name."""
+    options = (*options, *["-lineinfo"] * lines)
     key = digest(cuda, arch, *options, call(nvcc(), "--version"))
 
     def make(out: Path) -> None:
@@ -93,7 +94,6 @@ def ptx(cuda: str, arch: str = "sm_80", options: tuple[str, ...] = ()) -> str:
             nvcc(),
             "-std=c++17",
             "-O3",
-            "-lineinfo",
             "-ptx",
             "-gencode",
             f"arch={code},code={code}",
@@ -131,14 +131,50 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernels(text: str, level: str = "-O1") -> ctypes.CDLL:
-    """The translated kernels of PTX text. -O1: kernels are long, and run once; -O0 if they run on next to nothing."""
-    code = translate(text)
+class Form(ctypes.Structure):
+    _fields_ = [("text", ctypes.c_char_p), ("run", ctypes.c_void_p)]
+
+
+FORMS: dict[str, int] = {}  # the address of each form's function
+_making = threading.Lock()
+
+
+def load_forms(path: Path) -> None:
+    library = ctypes.CDLL(str(path))
+    count = ctypes.c_uint32.in_dll(library, "form_count").value
+    FORMS.update((form.text.decode(), form.run) for form in (Form * count).in_dll(library, "forms"))
+
+
+def form_library(texts: list[str]) -> str:
+    """C++ of the forms, see function.py."""
+    out = ["using namespace ptx;", "#define r(type, i) (*(type*)(R + o->at[i]))"]
+    out += [f"static const Op* form_{i}(Thread& T, u8* R, const Op* o) {{ {text} }}" for i, text in enumerate(texts)]
+    out += ["struct Form { const char* text; const Op* (*run)(Thread&, u8*, const Op*); };"]
+    rows = ",\n".join(f"{{{json.dumps(text)}, form_{i}}}" for i, text in enumerate(texts))
+    return "\n".join(
+        [*out, f'extern "C" const Form forms[] = {{{rows}}};', f'extern "C" const u32 form_count = {len(texts)};']
+    )
+
+
+def forms(texts: set[str]) -> dict[str, int]:
+    """FORMS with these among them. g++ compiles those that are in no library yet into a new one."""
     runtime()
+    with _making:
+        key = digest(machine_key(), *FLAGS)
+        if not FORMS:
+            for path in sorted(CACHE.glob(f"forms-{key}-*.so")):
+                load_forms(path)
+        if new := sorted(texts - FORMS.keys()):
+            code, compile = form_library(new), ("g++", "-O2", *FLAGS)
+            # Precompiled: most libraries have few forms.
+            header = cached(
+                f"numbers-{key}.h.gch", lambda out: call(*compile, "-x", "c++-header", HERE / "numbers.h", "-o", out)
+            )
 
-    def make(out: Path) -> None:
-        source = out.with_suffix(".cpp")
-        source.write_text(code)
-        call("g++", level, *FLAGS, "-I", HERE, "-shared", source, "-o", out)
+            def make(out: Path) -> None:
+                source = out.with_suffix(".cpp")
+                source.write_text(code)
+                call(*compile, "-include", header.with_suffix(""), "-shared", source, "-o", out)
 
-    return ctypes.CDLL(str(cached(f"kernels-{digest(machine_key(), level, code)}.so", make)))
+            load_forms(cached(f"forms-{key}-{digest(code)}.so", make))
+    return FORMS

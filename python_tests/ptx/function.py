@@ -1,8 +1,15 @@
-"""One kernel as a C++ function. The semantics stand in the instruction tables, which register themselves here."""
+"""One kernel as a list of operations. The semantics stand in the instruction tables, which register themselves here.
+
+An instruction becomes its form, C++ text in which registers and constants are numbered operands, such as
+`r(u32, 0) = u32(r(u32, 1) + r(u32, 2));`, and the places of the operands in a thread's frame. A kernel has thousands of
+instructions, but all kernels together some hundred forms: g++ compiles each of them once.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from dataclasses import dataclass
 
 from .program import SIZES, Entry, Label, Module, Refusal, Statement
 
@@ -39,15 +46,28 @@ SPECIAL |= {
 SPECIAL |= {"%lanemask_gt": "~u32((2ull << T.lane) - 1)", "%lanemask_ge": "~((1u << T.lane) - 1)"}
 SPECIAL |= {"%dynamic_smem_size": "(B.shared_bytes - B.dynamic_offset)"}
 MAX_FRAME = 192 * 1024
+INTEGER = re.compile(r"-?\d+U?|-?0[xX][0-9a-fA-F]+U?")
+FLOAT = re.compile(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})")
+ADDRESS = re.compile(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+))?\s*\]")
+
+
+@dataclass
+class Operation:
+    form: str  # C++ text
+    site: int
+    operands: list[int | str]  # places in the frame, or a label
 
 
 class Function:
-    def __init__(self, module: Module, entry: Entry):
-        self.module, self.entry = module, entry
-        self.registers: dict[str, str] = {}  # C++ name: C++ type
-        self.lines: list[str] = []
+    def __init__(self, module: Module, entry: Entry, variables: dict[str, int]):
+        """`variables` are the addresses of the module's .global and .const variables."""
+        self.module, self.entry, self.variables = module, entry, variables
+        self.frame = bytearray()  # registers and constants, as a thread finds them
+        self.places: dict[object, int] = {}  # of a register's unique name, or of a constant's value and type
+        self.registers: dict[tuple[str, int], tuple[int, str]] = {}  # by name and number of the scope that uses it
+        self.operations: list[Operation] = []
+        self.labels: dict[str, int] = {}  # number of the operation that follows
         self.sites: list[tuple[int, int, str]] = [(entry.line, 0, f".entry {entry.name}")]
-        self.seen_labels: set[str] = set()
         self.shared: dict[str, int] = {}
         self.shared_bytes = 0
         self.locals: dict[str, int] = {}
@@ -57,26 +77,32 @@ class Function:
             self.locals[array.name] = self.local_bytes = -(-self.local_bytes // array.align) * array.align
             self.local_bytes += array.bytes
         for item in entry.items:
-            self.label(item) if isinstance(item, Label) else self.translate(item)
-
-    def label(self, item: Label) -> None:
-        self.seen_labels.add(item.name)
-        self.lines.append(f"{item.name}:;")
+            if isinstance(item, Label):
+                self.labels[item.name] = len(self.operations)
+            else:
+                self.translate(item)
+        self.operations.append(Operation("return nullptr;", 0, []))
+        if len(self.frame) + self.local_bytes > MAX_FRAME:
+            needed = f"{len(self.frame) + self.local_bytes} bytes of registers, constants and locals"
+            raise Refusal(f"kernel {entry.name}: {needed}, a thread has {MAX_FRAME}")
 
     def translate(self, s: Statement) -> None:
-        self.now = s
+        self.now, self.operands = s, []
         self.sites.append((s.line, s.source_line, s.text[:120]))
         try:
             handler, match = self.find(s.opcode)
             code = handler(self, match, *s.operands)
-            if s.predicate:
+            if code.strip(" ;") and s.predicate:
                 code = f"if ({self.predicate(s.predicate)}) {{ {code} }}"
         except (Refusal, KeyError, TypeError, ValueError, IndexError) as e:
             why = str(e) if isinstance(e, Refusal) else f"unexpected operands ({type(e).__name__}: {e})"
             raise Refusal(f"kernel {self.entry.name}, PTX line {s.line}: `{s.text[:120]}`: {why}") from e
-        self.lines.append(f"    {code}")
+        if code.strip(" ;"):
+            form = f"{code} return next<{len(self.operands)}>(o);"
+            self.operations.append(Operation(form, len(self.sites) - 1, self.operands))
 
     @staticmethod
+    @functools.cache
     def find(opcode: str):
         for pattern, handler in TABLE:
             if match := pattern.fullmatch(opcode):
@@ -86,22 +112,45 @@ class Function:
     # ---- operands
     def at(self) -> str:
         """Names this instruction in what the machine reports from here on."""
-        return f"T.site = {len(self.sites) - 1}; "
+        return "T.site = o->site; "
+
+    def place(self, key: object, type: str, value: int = 0) -> int:
+        """In the frame, of what is known by `key`; it holds `value` at first."""
+        if key not in self.places:
+            bytes = 8 if type == "u64" else 4
+            self.frame.extend(bytearray(-len(self.frame) % bytes))
+            self.places[key] = len(self.frame)
+            self.frame += value.to_bytes(bytes, "little")
+        return self.places[key]
+
+    def operand(self, place: int, type: str) -> str:
+        self.operands.append(place)
+        return f"r({type}, {len(self.operands) - 1})"
+
+    def constant(self, value: int, type: str) -> str:
+        value = int(value != 0) if type == "bool" else value % 2 ** int(type[1:])
+        return self.operand(self.place((value, type), type, value), type)
 
     def register(self, name: str) -> str:
         name = name.strip()
         if name in SPECIAL:
             return SPECIAL[name]
+        known = name, self.now.scope.number
+        if known not in self.registers:
+            self.registers[known] = self.declared(name)
+        return self.operand(*self.registers[known])
+
+    def declared(self, name: str) -> tuple[int, str]:
+        """Place and C++ type of the register that has this name here."""
+        numbered = re.match(r"(.*?\D)\d+$", name)
         for scope in self.now.scope.walk():
             if name in scope.registers:
                 unique, type = scope.registers[name]
-                self.registers[unique] = unsigned(type)
-                return unique
-            m = re.match(r"(.*?\D)(\d+)$", name)
-            if m and m[1] in scope.ranges:
-                unique = f"{m[1].lstrip('%')}{m[2]}_s{scope.number}"
-                self.registers[unique] = unsigned(scope.ranges[m[1]])
-                return unique
+            elif numbered and numbered[1] in scope.ranges:
+                unique, type = (name, scope.number), scope.ranges[numbered[1]]
+            else:
+                continue
+            return self.place(unique, unsigned(type)), unsigned(type)
         raise Refusal(f"unknown operand `{name}`")
 
     def predicate(self, name: str) -> str:
@@ -111,14 +160,12 @@ class Function:
         operand = operand.strip()
         if operand.startswith("!"):
             return self.predicate(operand)
-        if re.fullmatch(r"-?\d+U?|-?0[xX][0-9a-fA-F]+U?", operand):
-            return (
-                f"{unsigned(type)}({int(operand.rstrip('U'), 0)}ll)"
-                if abs(int(operand.rstrip("U"), 0)) < 2**63
-                else (f"{operand.rstrip('U')}ull")
-            )
-        if m := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", operand):
-            return f"0x{m[1]}{'u' if len(m[1]) == 8 else 'ull'}"
+        if operand.startswith("%"):
+            return self.register(operand)
+        if INTEGER.fullmatch(operand):
+            return self.constant(int(operand.rstrip("U"), 0), unsigned(type))
+        if m := FLOAT.fullmatch(operand):
+            return self.constant(int(m[1], 16), "u32" if len(m[1]) == 8 else "u64")
         symbol = self.symbol(operand)
         return symbol if symbol else self.register(operand)
 
@@ -136,37 +183,28 @@ class Function:
             if name not in self.shared:
                 self.shared[name] = -(-self.shared_bytes // array.align) * array.align
                 self.shared_bytes = self.shared[name] + array.bytes
-            return f"(SHARED_BASE + {self.shared[name]}u)"
-        if name in self.module.variables:
-            return f"u64(variable_{name.replace('$', '_')})"
+            return f"(SHARED_BASE + {self.constant(self.shared[name], 'u32')})"
+        if name in self.variables:
+            return self.constant(self.variables[name], "u64")
         if name in self.locals:
-            return f"(u64(T.local) + {self.locals[name]})"
+            return f"(u64(T.local) + {self.constant(self.locals[name], 'u64')})"
         offsets = {p.name: p.offset for p in self.entry.params}
-        return f"(u64(B.params) + {offsets[name]})" if name in offsets else None
+        return f"(u64(B.params) + {self.constant(offsets[name], 'u64')})" if name in offsets else None
 
     def address(self, operand: str) -> str:
-        m = re.fullmatch(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
+        m = ADDRESS.fullmatch(operand)
         if not m:
             raise Refusal(f"address `{operand}` is not modelled")
         base = self.value(m[1], "b64")
-        return f"({base} + ({int(m[2], 0)}))" if m[2] else base
+        return f"({base} + {self.constant(int(m[2], 0), 'u64')})" if m[2] else base
 
-    def target(self, name: str) -> str:
+    def jump(self, name: str) -> str:
         for scope in self.now.scope.walk():
             if name in scope.labels:
-                return scope.labels[name]
-        raise Refusal(f"unknown label `{name}`")
-
-    # ---- the result
-    def code(self) -> str:
-        frame = sum(int(t[1:]) // 8 if t != "bool" else 1 for t in self.registers.values()) + self.local_bytes
-        if frame > MAX_FRAME:
-            raise Refusal(f"kernel {self.entry.name}: {frame} bytes of registers and locals, a thread has {MAX_FRAME}")
-        out = [f"static void body_{self.entry.name}(Thread& T) {{"]
-        out += [f"    {type} {name} = 0;" for name, type in self.registers.items()]
-        if self.local_bytes:
-            out.append(f"    alignas(16) u8 local_memory[{self.local_bytes}];")
-            out.append("    memset(local_memory, 0xFF, sizeof local_memory);")
-        out.append(f"    T.local = {'local_memory' if self.local_bytes else 'nullptr'};")
-        out.append(f"    T.local_bytes = {self.local_bytes};")
-        return "\n".join([*out, *self.lines, "}\n"])
+                target = scope.labels[name]
+                break
+        else:
+            raise Refusal(f"unknown label `{name}`")
+        back = self.at() + "step_back(T); " if target in self.labels else ""
+        self.operands.append(target)
+        return f"{back}return jump(o, {len(self.operands) - 1});"

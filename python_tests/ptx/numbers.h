@@ -1,5 +1,6 @@
 // Number formats and the scalar instructions of PTX. Floats travel as bit patterns.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 

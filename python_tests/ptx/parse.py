@@ -12,8 +12,14 @@ def without_comments(text: str) -> str:
     return re.sub(r"//[^\n]*", "", text)
 
 
+BRACKET = re.compile(r"[{}\[\]()]")
+BRACE = re.compile(r"[{}]")
+
+
 def split(text: str, separator: str = ",") -> list[str]:
     """At separators outside brackets."""
+    if not BRACKET.search(text):
+        return [part.strip() for part in text.split(separator)] if text.strip() else []
     parts, depth, current = [], 0, ""
     for c in text:
         depth += (c in "{[(") - (c in "}])")
@@ -28,10 +34,10 @@ def split(text: str, separator: str = ",") -> list[str]:
 def closing(text: str, start: int) -> int:
     """The index of the brace that closes the one at start."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return i
+            return brace.start()
     raise Refusal("unbalanced braces")
 
 
@@ -67,71 +73,50 @@ def read_params(text: str, line: int) -> list[Param]:
     return params
 
 
+TOKEN = re.compile(
+    r"\s*(?:(?P<brace>[{}])|\.loc\s+\d+\s+(?P<line>\d+)[^\n]*|\.(?:loc|file)\b[^\n]*"
+    r"|(?P<table>[A-Za-z_$][\w$]*):\s*\.branchtargets\s+(?P<labels>[^;]*);|(?P<label>[A-Za-z_$][\w$]*):(?!:)"
+    r"|(?P<statement>[^\s;{}][^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)"
+)
+STATEMENT = re.compile(r"(?:@(!?\s*[%\w$]+)\s+)?([\w.:]+)\s*(.*)$")
+
+
 class Body:
     """The statements between the braces of one kernel."""
 
     def __init__(self, entry: Entry, text: str, line: int):
-        self.entry, self.text, self.line, self.source_line = entry, text, line, 0
-        self.scope, self.scopes, self.at = Scope(0, None), 0, 0
-        self.declare_labels(0, len(text))
-        while self.at < len(text):
-            self.step()
+        self.entry, self.line, self.source_line = entry, line, 0
+        self.scope, self.scopes, at = Scope(0, None), 0, 0
+        end = len(text.rstrip())
+        while at < end:
+            token = TOKEN.match(text, at)
+            if token is None:
+                raise Refusal(f"kernel {entry.name}, PTX line {self.line}: cannot read `{text[at : at + 100].strip()}`")
+            begin = token.start(token.lastgroup) if token.lastgroup else token.end()
+            self.line += text.count("\n", at, begin)
+            self.read(token)
+            self.line += text.count("\n", begin, token.end())
+            at = token.end()
 
-    def declare_labels(self, begin: int, end: int) -> None:
-        """Labels of the scope from begin to end, not of the scopes inside it."""
-        inner = re.sub(r"[^{}]", "", self.text[begin:end]) and self.blank_inner(self.text[begin:end])
-        for m in re.finditer(r"(?:^|[;{}\n])\s*([A-Za-z_$][\w$]*):(?!:)", inner or self.text[begin:end]):
-            self.scope.labels[m[1]] = f"{re.sub(r'[^0-9A-Za-z_]', '_', m[1])}_{self.scope.number}"
-
-    @staticmethod
-    def blank_inner(text: str) -> str:
-        out, depth = [], 0
-        for c in text:
-            depth -= c == "}"
-            out.append(c if depth == 0 or c == "\n" else " ")
-            depth += c == "{"
-        return "".join(out)
-
-    def step(self) -> None:
-        c = self.text[self.at]
-        label = re.compile(r"([A-Za-z_$][\w$]*):(?!:)").match(self.text, self.at)
-        if c.isspace():
-            self.line += c == "\n"
-            self.at += 1
-        elif c == "{":
+    def read(self, token: re.Match) -> None:
+        kind = token.lastgroup
+        if kind == "statement":
+            self.declaration_or_statement(" ".join(token["statement"].split()))
+        elif kind == "line":
+            self.source_line = int(token["line"])
+        elif kind == "label":
+            name = token["label"]
+            self.scope.labels[name] = f"{name}_{self.scope.number}"
+            self.entry.items.append(Label(self.scope.labels[name]))
+        elif kind == "labels":
+            self.scope.tables[token["table"]] = split(token["labels"])
+        elif token["brace"] == "{":
             self.scopes += 1
             self.scope = Scope(self.scopes, self.scope)
-            self.at += 1
-            self.declare_labels(self.at, closing(self.text, self.at - 1))
-        elif c == "}":
+        elif token["brace"] == "}":
             self.scope = self.scope.parent
-            self.at += 1
-        elif label:
-            if not self.branch_targets(label):
-                self.entry.items.append(Label(self.scope.labels[label[1]]))
-                self.at = label.end()
-        elif self.text.startswith((".loc", ".file"), self.at):
-            end = self.text.index("\n", self.at)
-            m = re.match(r"\.loc\s+\d+\s+(\d+)", self.text[self.at : end])
-            self.source_line = int(m[1]) if m else self.source_line
-            self.at = end
-        else:
-            self.declaration_or_statement()
 
-    def branch_targets(self, label) -> bool:
-        m = re.compile(r"\s*\.branchtargets\s+([^;]*);").match(self.text, label.end())
-        if m:
-            self.scope.tables[label[1]] = split(m[1])
-            self.line += self.text.count("\n", self.at, m.end())
-            self.at = m.end()
-        return bool(m)
-
-    def declaration_or_statement(self) -> None:
-        end, depth = self.at, 0
-        while self.text[end] != ";" or depth:
-            depth += (self.text[end] == "{") - (self.text[end] == "}")
-            end += 1
-        text = " ".join(self.text[self.at : end].split())
+    def declaration_or_statement(self, text: str) -> None:
         if text.startswith(".reg"):
             self.registers(text)
         elif text.startswith((".local", ".shared")):
@@ -142,8 +127,6 @@ class Body:
                 self.entry.shared[array.name] = array
         elif not text.startswith(".pragma"):
             self.statement(text)
-        self.line += self.text.count("\n", self.at, end)
-        self.at = end + 1
 
     def registers(self, text: str) -> None:
         m = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text)
@@ -158,7 +141,7 @@ class Body:
                 self.scope.registers[name] = unique, m[1]
 
     def statement(self, text: str) -> None:
-        m = re.match(r"^(?:@(!?\s*[%\w$]+)\s+)?([\w.:]+)\s*(.*)$", text)
+        m = STATEMENT.match(text)
         if not m:
             raise Refusal(f"kernel {self.entry.name}, PTX line {self.line}: cannot read `{text[:100]}`")
         bare = text[m.start(2) :]

@@ -32,7 +32,7 @@ ptx_switch:
 
 namespace ptx {
 Block B;
-static const size_t STACK = 256 * 1024;  // the translator refuses kernels whose registers and locals exceed 192 KiB
+static const size_t STACK = 256 * 1024;  // function.py refuses kernels whose frame and locals exceed 192 KiB
 static u8* stacks;
 
 static double now() {
@@ -133,9 +133,19 @@ void step_back(Thread& T) {
     yield(T);
 }
 
+static void run_kernel(Thread& T) {
+    const Kernel& k = *B.kernel;
+    const u32 frame_bytes = (k.frame_bytes + 15) / 16 * 16;
+    u8* frame = (u8*)__builtin_alloca_with_align(frame_bytes + k.local_bytes, 128);
+    memcpy(frame, k.frame, k.frame_bytes);
+    T.local = frame + frame_bytes, T.local_bytes = k.local_bytes;
+    memset(T.local, 0xFF, T.local_bytes);
+    for (const Op* o = k.code; o;) o = o->run(T, frame, o);
+}
+
 static void enter() {
     Thread& T = *B.current;
-    B.kernel->body(T);
+    run_kernel(T);
     T.done = true;
     B.live--;
     B.warp[T.warp].alive &= ~(1u << T.lane);

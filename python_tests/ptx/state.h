@@ -47,14 +47,24 @@ struct Variable {  // a .global or .const variable of the module
     u64 bytes;
     bool constant;
 };
+struct Op {  // an instruction, and the places of its operands in the frame of a thread
+    const Op* (*run)(Thread& T, u8* R, const Op* o);  // returns the next one, none at the end
+    u32 site;
+    u32 at[];
+};
+template <int operands>
+inline const Op* next(const Op* o) {
+    return (const Op*)((const u8*)o + (12 + 4 * operands + 7) / 8 * 8);
+}
+inline const Op* jump(const Op* o, int operand) { return (const Op*)((const u8*)o + s32(o->at[operand])); }
 struct Kernel {
     const char* name;
-    void (*body)(Thread&);
-    u32 static_shared, dynamic_align, param_bytes, params, sites, max_threads;
+    const Op* code;
+    const u8* frame;  // registers and constants, as a thread finds them
+    u32 frame_bytes, local_bytes, static_shared, dynamic_align, param_bytes, params, sites, max_threads, variables;
     const Param* param;
     const Site* site;
     const Variable* variable;
-    u32 variables;
 };
 
 struct Published {  // what a release made visible of one block

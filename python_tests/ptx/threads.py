@@ -6,15 +6,9 @@ from .function import instruction
 from .program import Refusal
 
 
-def jump(f, label):
-    target = f.target(label)
-    back = f.at() + "step_back(T); " if target in f.seen_labels else ""
-    return f"{back}goto {target};"
-
-
 @instruction(r"bra(?:\.uni)?")
 def branch(f, m, label):
-    return jump(f, label)
+    return f.jump(label)
 
 
 @instruction(r"brx\.idx(?:\.uni)?")
@@ -22,14 +16,14 @@ def branch_by_index(f, m, index, table):
     targets = next((s.tables[table] for s in f.now.scope.walk() if table in s.tables), None)
     if targets is None:
         raise Refusal(f"branch table `{table}` is not declared before its use")
-    cases = " ".join(f"case {i}: {jump(f, label)}" for i, label in enumerate(targets))
+    cases = " ".join(f"case {i}: {f.jump(label)}" for i, label in enumerate(targets))
     past = f.at() + 'fail(T, "OutOfBounds", "branch index beyond its table");'
     return f"switch ({f.value(index)}) {{ {cases} default: {past} }}"
 
 
 @instruction(r"ret(?:\.uni)?|exit")
 def leave(f, m):
-    return "return;"
+    return "return nullptr;"
 
 
 @instruction(r"trap")
