@@ -83,7 +83,9 @@ void bind_cuda(py::module_& m) {
                                })
         .def_readonly("direct", &cuda::Plan::direct)
         .def_readonly("counters", &cuda::Plan::counters)
-        .def_readonly("splits", &cuda::Plan::splits);
+        .def_readonly("splits", &cuda::Plan::splits)
+        .def_readonly("whole", &cuda::Plan::whole)
+        .def_readonly("sharers", &cuda::Plan::sharers);
     py::class_<CudaLinear>(m, "CudaLinear")
         .def(py::init<int, int, ElementFields, uintptr_t, uintptr_t, uintptr_t, const std::string&, uintptr_t, int>(),
              py::arg("n"), py::arg("k"), py::arg("element"), py::arg("codes"), py::arg("row_scale"),
