@@ -63,7 +63,7 @@ MUTANTS = [
     (GEMM, "stream_k.h", "a tile's last part is that of the tile after", "((tile + 1) * share.units - 1)", "((tile + 1) * share.units)", f"Uninitialised Race {LEFT}"),
     (GEMM, "stream_k.h", "parts of two tiles in one place", "mine(blockIdx.x + tile)", "mine(blockIdx.x)", f"Race Uninitialised {WRONG}"),
     (GEMM, "leave_sm90.h", "threads keep sums over those of the next", "size_t(part) * rows8 * Multipliers::threads() + threadIdx.x", "size_t(part) * rows8 * Multipliers::threads() + threadIdx.x / 2", "Race"),
-    (GEMM, "leave_sm90.h", "the first part counts twice", "part == first ? sums", "false ? sums", WRONG),
+    (GEMM, "leave_sm90.h", "a block's own part counts twice", "        for (int e = 0; e < 4; ++e) acc[i][e] = 0;\n#pragma unroll 1", "        for (int e = 0; e < 4; ++e) acc[i][e] += 0;\n#pragma unroll 1", WRONG),
     (GEMM, "leave_sm90.h", "the last part is forgotten", "part < end; ++part", "part + 1 < end; ++part", WRONG),
     (GEMM, "gemm_sm90.h", "every block of a tile writes it", "!gather_parts(kernel.out, share, range, total)) continue;", "!gather_parts(kernel.out, share, range, total)) count;", f"Race {WRONG}"),
     (GEMM, "device.h", "one block too many is waited for", "atomicInc(counter, count - 1) == count - 1", "atomicInc(counter, count) == count", LEFT),

@@ -33,6 +33,10 @@ __device__ inline bool gather_parts(const Output& out, const StreamK& share, con
     __shared__ unsigned last;
     const unsigned first = parts.first(share), end = parts.last(share) + 1;
     if (!arrives_last<Multipliers>(out.arrived + parts.tile, end - first, &last)) return false;
+#pragma unroll
+    for (int i = 0; i < rows8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[i][e] = 0;
 #pragma unroll 1
     for (unsigned part = first; part < end; ++part) {
         const Four<Sum>* from = kept(part);
@@ -40,7 +44,7 @@ __device__ inline bool gather_parts(const Output& out, const StreamK& share, con
         for (int i = 0; i < rows8; ++i) {
             const Four<Sum> sums = from[i * Multipliers::threads()];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[i][e] = part == first ? sums.at[e] : add(acc[i][e], sums.at[e]);
+            for (int e = 0; e < 4; ++e) acc[i][e] = add(acc[i][e], sums.at[e]);
         }
     }
     return true;
@@ -64,7 +68,7 @@ __device__ inline void leave(const Output& out, const Sum (&acc)[rows8][4], Sum*
         const Tile<Sum> tile{sums, sm90_sum_stride, row0 + batch * sm90_batch_rows, sm90_batch_rows, out0, sm90_outs};
         takes_eights(out) ? finish_eights<Multipliers>(out, tile) : finish<Multipliers>(out, tile);
     };
-    if constexpr (batches > 4) {  // beside the sums of 256 rows there are no registers for a loop
+    if constexpr (batches != 4) {  // beside the sums of 64 and 256 rows there are no registers for a loop
 #pragma unroll
         for (int batch = 0; batch < batches; ++batch) leave_batch(batch);
     } else {
