@@ -103,6 +103,8 @@ void bind_cuda(py::module_& m) {
                                    return std::to_string(plan.tile_outs) + "x" + std::to_string(plan.tile_rows);
                                })
         .def_readonly("splits", &cuda::Plan::splits)
+        .def_readonly("whole", &cuda::Plan::whole)
+        .def_readonly("sharers", &cuda::Plan::sharers)
         .def_readonly("most_splits", &cuda::Plan::most_splits);
     m.def("cuda_division", division, py::arg("kernel"), py::arg("n"), py::arg("k"), py::arg("scale"), py::arg("rows"),
           py::arg("integers"), py::arg("multiprocessors"), py::arg("tile") = -1, py::arg("splits") = 0);

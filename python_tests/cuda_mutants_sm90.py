@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cuda_mutants import HEADERS as COMMON
 from cuda_on_cpu import CSRC
-from mutants import WRONG
+from mutants import LEFT, WRONG
 
 INSTANCES = {  # as cuda_mutants.py
     "quantize_activations": ("cuda.sm90", "Quantize", "quantize_token(p)"),
@@ -16,38 +16,59 @@ INSTANCES = {  # as cuda_mutants.py
     "gemm_sm90_f16_grouped_32": ("cuda.sm90", "GemmSm90<Halves<F16>>", "gemm_sm90_block<Halves<F16>, true, 4>(p)"),
 }
 QUANTIZE, GEMM, WIDE, SPLIT, FP8, GROUPED_FP8, GROUPED = INSTANCES
-ARRIVE = "        if (lane == 0) arrive(&share.empty[i % T::stages]);\n"
+ARRIVE = "        if (lane == 0) arrive(&stages.empty[i % T::stages]);\n"
 WAIT = "        wait_for_products();\n"
 MUTANTS = [
-    (GEMM, "gemm_sm90.h", "copies are not waited for", "        wait_for_phase(&share.full[i % T::stages], i / T::stages & 1);\n", "", "MissingWait"),
+    (GEMM, "gemm_sm90.h", "copies are not waited for", "        stages.wait_until_full(i);\n", "", "MissingWait"),
     (GEMM, "gemm_sm90.h", "full stages are waited for in the other phase", "i / T::stages & 1", "i / T::stages + 1 & 1", "MissingWait Deadlock"),
     (GEMM, "gemm_sm90.h", "x is not expected", "T::codes_bytes + T::x_bytes", "T::codes_bytes", "MissingWait Uninitialised"),
     (GEMM, "gemm_sm90.h", "more is expected than comes", "T::codes_bytes + T::x_bytes", "T::codes_bytes + 16 + T::x_bytes", "Deadlock"),
-    (GEMM, "gemm_sm90.h", "stages are filled before they are empty", "        wait_for_phase(&share.empty[i % T::stages], (i / T::stages - 1) & 1);\n", "", "MissingWait Race Misuse"),
+    (GEMM, "gemm_sm90.h", "stages are filled before they are empty", "        stages.wait_until_empty(i);\n", "", "MissingWait Race Misuse"),
     (GEMM, "gemm_sm90.h", "empty stages are waited for in the other phase", "(i / T::stages - 1) & 1", "i / T::stages & 1", "Deadlock MissingWait Race Misuse"),
     (GEMM, "gemm_sm90.h", "seven warps empty a stage", "barrier_init(&empty[i], sm90_warps)", "barrier_init(&empty[i], sm90_warps - 1)", "Race MissingWait Misuse"),
     (GEMM, "gemm_sm90.h", "nine warps empty a stage", "barrier_init(&empty[i], sm90_warps)", "barrier_init(&empty[i], sm90_warps + 1)", "Deadlock"),
     (GEMM, "gemm_sm90.h", "a stage is empty before its products are done", WAIT + ARRIVE, ARRIVE + WAIT, "MissingWait Race"),
     (GEMM, "gemm_sm90.h", "products are not waited for", WAIT, "", "MissingWait Race"),
     (GEMM, "gemm_sm90.h", "products are not committed", "        products_commit();\n", "", "MissingWait Race"),
-    (GEMM, "gemm_sm90.h", "no block barrier after the barriers are made", "    block_barrier();\n\n    Sum", "    Sum", "Misuse Race"),
+    (GEMM, "gemm_sm90.h", "no block barrier after the barriers are made", "    block_barrier();\n\n    if", "    if", "Misuse Race"),
     (GEMM, "gemm_sm90.h", "barriers are made by all threads", "if (threadIdx.x == 0) {\n        for", "{\n        for", "Misuse"),
     (GEMM, "gemm_sm90.h", "x is read while the kernel before writes it", "    wait_for_previous_kernel();\n", "", "MissingWait"),
-    (GEMM, "gemm_sm90.h", "the edge of strips is not tested", "min(share.strip0 + lane, p.strips - 1)", "share.strip0 + lane", "OutOfBounds"),
+    (GEMM, "gemm_sm90.h", "scales of x are read while the kernel before writes them", "    wait_for_previous_kernel();  //", "    //", "MissingWait"),
+    (GEMM, "gemm_sm90.h", "the edge of strips is not tested", "min(at.out_tile * sm90_warps + lane, p.strips - 1)", "at.out_tile * sm90_warps + lane", "OutOfBounds"),
     (GEMM, "gemm_sm90.h", "every lane copies codes", "        if (lane >= sm90_warps) return;\n", "", "OutOfBounds Deadlock Race MissingWait"),
     (GEMM, "gemm_sm90.h", "all warps multiply one strip", "stage + warp * unit_bytes)", "stage)", WRONG),
-    (WIDE, "gemm_sm90.h", "x of the first rows in every block", " + size_t(share.row0 / block_rows) * T::row8_bytes", "", WRONG),
+    (WIDE, "gemm_sm90.h", "x of the first rows in every block", "unit + at.row_tile * size_t(T::x_bytes)", "unit", WRONG),
     (WIDE, "gemm_sm90.h", "units of x follow too soon", "p.rows / block_rows * size_t(T::row8_bytes)", "size_t(T::x_bytes)", WRONG),
     (GEMM, "gemm_sm90.h", "rows of x are half as far apart", "T::x_at, T::row8_bytes)", "T::x_at, T::row8_bytes / 2)", WRONG),
     (GEMM, "gemm_sm90.h", "products read the same half of a unit", "x = blocks_after(x, 2 * block_bytes);", "", WRONG),
     (GEMM, "gemm_sm90.h", "weights of the first unit", "        weights = next;\n", "", WRONG),
-    (GEMM, "gemm_sm90.h", "splits of k overlap", "(blockIdx.z + 1) / gridDim.z", "(blockIdx.z + 2) / gridDim.z", f"{WRONG} OutOfBounds"),
-    (GEMM, "gemm_sm90.h", "the copying warp has sums, too", "if (warp < sm90_warps) {\n            Sum", "{\n            Sum", f"{WRONG} Race OutOfBounds"),
-    (GEMM, "gemm_sm90.h", "no barrier before sums leave", "    for (int batch = 0; batch < rows8 / batch8; ++batch) {\n        block_barrier();", "    for (int batch = 0; batch < rows8 / batch8; ++batch) {", "Race MissingWait"),
-    (GEMM, "gemm_sm90.h", "no barrier after sums left", "        block_barrier();\n        const Tile", "        const Tile", "Race Uninitialised"),
-    (GEMM, "gemm_sm90.h", "outputs g and g + 8 swapped", "e / 2 * 8] =", "8 - e / 2 * 8] =", WRONG),
-    (GEMM, "gemm_sm90.h", "tokens of an accumulator swapped", "(8 * i + e % 2)", "(8 * i + 1 - e % 2)", WRONG),
-    (GEMM, "gemm_sm90.h", "tiles share a counter", "out.arrived + blockIdx.y * gridDim.x + blockIdx.x", "out.arrived", f"Uninitialised Race {WRONG}"),
+    (GEMM, "leave_sm90.h", "sums are written over those that leave", "    auto leave_batch = [&](int batch) {\n        Multipliers::barrier();", "    auto leave_batch = [&](int batch) {", "Race"),
+    (WIDE, "leave_sm90.h", "sums of the batch after", "if (i / batch8 == batch)", "if (i / batch8 == (batch + 1) % (rows8 / batch8))", WRONG),
+    (GEMM, "leave_sm90.h", "sums leave before they are written", "        Multipliers::barrier();\n        const Tile", "        const Tile", "Race Uninitialised"),
+    (GEMM, "leave_sm90.h", "outputs g and g + 8 swapped", "e / 2 * 8] =", "8 - e / 2 * 8] =", WRONG),
+    (GEMM, "leave_sm90.h", "tokens of an accumulator swapped", "(8 * (i % batch8) + e % 2)", "(8 * (i % batch8) + 1 - e % 2)", WRONG),
+    (GEMM, "leave_sm90.h", "tiles share a counter", "out.arrived + parts.tile", "out.arrived", f"Uninitialised Race {LEFT}"),
+    (GEMM, "gemm_sm90.h", "sums leave through a stage", "shared + T::sums_at", "shared", "MissingWait Race"),
+    (GEMM, "leave_sm90.h", "the copying warp is waited for", "FirstThreads<sm90_warps * warp_size>", "FirstThreads<sm90_threads>", "Deadlock"),
+    (GEMM, "gemm_sm90.h", "phases begin anew with a range", "stages, taken, taken + count, total", "stages, 0, count, total", "MissingWait Deadlock Misuse"),
+    (GEMM, "gemm_sm90.h", "a range goes on where the next one begins", "        taken += count;\n", "        taken += count - 1;\n", f"Deadlock MissingWait Misuse {WRONG}"),
+    (GEMM, "gemm_sm90.h", "x of the first unit in every stage", "x.next(), fetch_x(i, x)", "i ? false : x.next(), fetch_x(i, x)", WRONG),
+    (GEMM, "gemm_sm90.h", "sums of the range after", "range(share, taken - 1)", "range(share, taken)", f"{WRONG} OutOfBounds Race Uninitialised {LEFT}"),
+    (GEMM, "stream_k.h", "blocks take the same tiles in their second turn", "i / share.units * gridDim.x", "i / share.units", f"Race {WRONG}"),
+    (GEMM, "stream_k.h", "a piece goes on to the end of its tile", "min(end - start, share.units) - begin", "share.units - begin", f"{WRONG} Race Uninitialised {LEFT}"),
+    (GEMM, "stream_k.h", "a piece begins where its tile does", "begin = first > start ? first - start : 0;", "begin = 0;", f"{WRONG} Race Uninitialised {LEFT}"),
+    (GEMM, "stream_k.h", "the units that even pieces leave are forgotten", "block * each + min(block, more)", "block * each", f"{WRONG} Race Uninitialised {LEFT}"),
+    (GEMM, "stream_k.h", "whole tiles are not counted off the pieces", "first + i - share.turns * share.units", "first + i", f"{WRONG} Deadlock {LEFT}"),
+    (GEMM, "stream_k.h", "all pieces are of the longer kind", "unit < wide ? unit / (each + 1)", "true ? unit / (each + 1)", f"Uninitialised Race {LEFT}"),
+    (GEMM, "stream_k.h", "a tile's last part is that of the tile after", "((tile + 1) * share.units - 1)", "((tile + 1) * share.units)", f"Uninitialised Race {LEFT}"),
+    (GEMM, "stream_k.h", "parts of two tiles in one place", "mine(blockIdx.x + tile)", "mine(blockIdx.x)", f"Race Uninitialised {WRONG}"),
+    (GEMM, "leave_sm90.h", "threads keep sums over those of the next", "size_t(part) * rows8 * Multipliers::threads() + threadIdx.x", "size_t(part) * rows8 * Multipliers::threads() + threadIdx.x / 2", "Race"),
+    (GEMM, "leave_sm90.h", "a block's own part counts twice", "        for (int e = 0; e < 4; ++e) acc[i][e] = 0;\n#pragma unroll 1", "        for (int e = 0; e < 4; ++e) acc[i][e] += 0;\n#pragma unroll 1", WRONG),
+    (GEMM, "leave_sm90.h", "the last part is forgotten", "part < end; ++part", "part + 1 < end; ++part", WRONG),
+    (GEMM, "gemm_sm90.h", "every block of a tile writes it", "!gather_parts(kernel.out, share, range, total)) continue;", "!gather_parts(kernel.out, share, range, total)) count;", f"Race {WRONG}"),
+    (GEMM, "device.h", "one block too many is waited for", "atomicInc(counter, count - 1) == count - 1", "atomicInc(counter, count) == count", LEFT),
+    (GEMM, "device.h", "a counter is left as it is", "atomicInc(counter, count - 1) == count - 1", "atomicAdd(counter, 1) == count - 1", LEFT),
+    (GROUPED, "leave_sm90.h", "parts are added from the last one on", "= kept(part);", "= kept(first + end - 1 - part);", WRONG),
     (GEMM, "device_sm90.h", "blocks overlap along k", "uint64_t(128 >> 4) << 16", "uint64_t(64 >> 4) << 16", WRONG),
     (GEMM, "device_sm90.h", "strides of a descriptor swapped", "uint64_t(128 >> 4) << 16 | uint64_t(column_stride >> 4) << 32", "uint64_t(128 >> 4) << 32 | uint64_t(column_stride >> 4) << 16", WRONG),
     (GEMM, "device_sm90.h", "addresses in bytes", "uint64_t(shared_address(from) >> 4)", "uint64_t(shared_address(from))", f"OutOfBounds Uninitialised MissingWait {WRONG}"),
@@ -62,7 +83,7 @@ MUTANTS = [
     (SPLIT, "split.h", "inputs of a pair swapped", "[i % 2];", "[1 - i % 2];", WRONG),
     (SPLIT, "blocks.h", "rows of a block are too close", "row % block_rows * 16", "row % block_rows * 8", f"{WRONG} Race"),
     (GROUPED, "gemm_sm90.h", "scales are not expected", "(grouped ? sm90_warps * strip_scales : 0)", "0", f"MissingWait Deadlock {WRONG}"),
-    (GROUPED, "gemm_sm90.h", "scales of the first unit", "scales_at(p, strip, unit, 0, 0)", "scales_at(p, strip, 0, 0, 0)", WRONG),
+    (GROUPED, "gemm_sm90.h", "scales of the first unit", "scales_at(p, strip, at.unit, 0, 0)", "scales_at(p, strip, 0, 0, 0)", WRONG),
     (GROUPED, "gemm_sm90.h", "scales of the first strip", " + warp * T::strip_scales", "", WRONG),
     (GROUPED, "gemm_sm90.h", "one scale for four groups", "[group * 8 + lane / 4]", "[lane / 4]", WRONG),
     (GROUPED, "gemm_sm90.h", "more scales than a unit has", "64u >> min(p.group_shift, 2)", "128u >> min(p.group_shift, 2)", f"OutOfBounds MissingWait Race {WRONG}"),
@@ -101,5 +122,5 @@ HEADERS = [p for p in COMMON if p.name not in ("gemv.h", "gemm_sm80.h")]
 HEADERS.insert(HEADERS.index(CSRC / "cuda/decode.h"), CSRC / "cuda/device_sm90.h")
 HEADERS.insert(HEADERS.index(CSRC / "cuda/decode.h") + 1, CSRC / "cuda/decode_fp8.h")
 HEADERS.insert(HEADERS.index(CSRC / "cuda/epilogue.h") + 1, CSRC / "cuda/epilogue_eights.h")
-HEADERS += [CSRC / "cuda/split.h", CSRC / "cuda/gemm_sm90.h"]
+HEADERS += [CSRC / "cuda/split.h", CSRC / "cuda/stream_k.h", CSRC / "cuda/leave_sm90.h", CSRC / "cuda/gemm_sm90.h"]
 OF = {"mutants": MUTANTS, "instances": INSTANCES, "headers": HEADERS}

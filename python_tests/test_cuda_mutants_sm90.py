@@ -11,6 +11,7 @@ from cuda_on_cpu import OnCpu, all_kernels
 from mutants import RIGHT, WRONG, assert_caught
 from ptx import Program, missing
 from test_cuda_fp8 import cancelling, packed_of, unit_weights
+from test_cuda_stream_k import ordered
 
 from llmfp4_kernels import epilogue, native, reference
 from llmfp4_kernels.backends import cuda
@@ -34,6 +35,9 @@ def problems(kernel):
     if kernel in (SPLIT, GROUPED):
         packed, x = random_packed(100, 1300, E2M1, scale=E4M3, group_size=16), random_x(20, 1300, torch.float16) / 64
         yield packed, x, None, 1
+        if kernel == GROUPED:
+            packed, x, multiprocessors = ordered()
+            yield packed, x, None, multiprocessors
         return
     if kernel in (FP8, GROUPED_FP8):
         group = 32 if kernel == GROUPED_FP8 else 0
@@ -45,8 +49,9 @@ def problems(kernel):
     if kernel == WIDE:
         yield random_packed(70, 130, E2M1, E2M1, True), random_x(140, 130), None, 8
         return
-    yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300, torch.bfloat16), torch.randn(150), 1
-    yield random_packed(152, 130, E2M1, E2M1, True), random_x(20, 130, torch.float16), torch.randn(152), 1
+    # A block takes a tile, and a part of the last one; then two that its stages hold at once; then tiles have parts.
+    yield random_packed(300, 1050, E2M1, E2M1, True), random_x(20, 1050, torch.bfloat16), torch.randn(300), 1
+    yield random_packed(264, 130, E2M1, E2M1, True), random_x(20, 130, torch.float16), torch.randn(264), 1
     yield random_packed(150, 1300, E2M1, E2M1, True), random_x(20, 1300), None, 8
     for n in (70, 48):
         yield random_packed(n, 130, E2M1, E3M0, True), random_x(15, 130), None, 1

@@ -38,7 +38,13 @@ def variants(kernel):
 
 
 VARIANTS = [v for kernel in INSTANCES for v in variants(kernel)]
-VARIANTS_SM90 = list(variants("gemm_sm90_int8_32"))
+TAKEN = "        taken += count;\n"
+AHEAD = f"{TAKEN}        if (Range(share, taken).count) stages.wait_until_full(taken);\n"
+"""Sums leave when the first unit of the next range has come."""
+VARIANTS_SM90 = [
+    *variants("gemm_sm90_int8_32"),
+    ("gemm_sm90_int8_32", "gemm_sm90.h", "copies are ahead", TAKEN, AHEAD, ""),
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +64,11 @@ class WeightsLate(OnCpu):
         return super().early() - {"codes"}
 
 
-def run(programs, kernel, kind, machine=OnCpu):
+def run(programs, kernel, kind, machine=OnCpu, n=48):
     of, instances = (VARIANTS_SM90, SM90) if kernel in SM90 else (VARIANTS, INSTANCES)
     number = next(i for i, v in enumerate(of) if v[0] == kernel and v[2] == kind)
-    packed, x = random_packed(48, 700, E2M1, E2M1, True), random_x(3, 700)
-    with machine(programs[kernel], 2, instead={kernel: f"mutant_{number}"}, capability=(9, 0)) as gpu:
+    packed, x = random_packed(n, 700, E2M1, E2M1, True), random_x(3, 700)
+    with machine(programs[kernel], 2 if n == 48 else 1, instead={kernel: f"mutant_{number}"}, capability=(9, 0)) as gpu:
         gpu.programs[kernel] = gpu.programs[f"mutant_{number}"]
         y = gpu.run(cuda.Prepared(packed, None), instances[kernel][0], x)
     assert kernel in gpu.launched and same_bits(y, reference.gemm(x, packed))
@@ -80,6 +86,11 @@ def test_activations_are_read_after_the_wait(kernel, programs):
 def test_weights_are_fetched_before_it(kernel, programs):
     with pytest.raises(FAULTS["MissingWait"], match="of codes, where the kernel before"):
         run(programs, kernel, "as it is", WeightsLate)
+
+
+def test_the_next_range_is_under_way_while_sums_leave(programs):
+    """Were the copying warp to wait for them, this would be a deadlock. Five tiles, two blocks."""
+    run(programs, "gemm_sm90_int8_32", "copies are ahead", n=600)
 
 
 def test_kernels_overlap_those_that_make_their_operands_only():

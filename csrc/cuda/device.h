@@ -110,16 +110,24 @@ __device__ inline void wait_for_copies() {
 
 __device__ inline void block_barrier() { __syncthreads(); }
 
-// What this block has written is seen by whoever arrives last of `count` blocks; the counter is 0 again then.
-// All threads of the block call it; the answer is the same for all of them. `flag` is shared memory.
+// Who does something together: all threads of a block, or some (device_sm90.h).
+struct WholeBlock {
+    __device__ static int threads() { return blockDim.x; }
+    __device__ static int thread() { return threadIdx.x; }
+    __device__ static void barrier() { block_barrier(); }
+};
+
+// What this team has written is seen by whoever arrives last of `count` blocks; the counter is 0 again then.
+// All threads of the team call it; the answer is the same for all of them. `flag` is shared memory.
+template <class Team = WholeBlock>
 __device__ inline bool arrives_last(unsigned* counter, unsigned count, unsigned* flag) {
-    __syncthreads();
+    Team::barrier();
     if (threadIdx.x == 0) {
         __threadfence();
         *flag = atomicInc(counter, count - 1) == count - 1;
         __threadfence();
     }
-    __syncthreads();
+    Team::barrier();
     return *flag != 0;
 }
 

@@ -60,6 +60,19 @@ __device__ inline void settle(int32_t& v) { asm volatile("" : "+r"(v)::"memory")
 __device__ inline void settle(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 __device__ inline void settle(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
+// The first threads of a block, whole warps, while the others do something else.
+template <int count>
+struct FirstThreads {
+    __device__ static int threads() { return count; }
+    // What is computed of it is so anew each time, not held in registers beside the sums of products.
+    __device__ static int thread() {
+        int thread = threadIdx.x;
+        settle(thread);
+        return thread;
+    }
+    __device__ static void barrier() { asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory"); }
+};
+
 struct S8 {};
 struct E4M3 {};
 

@@ -82,10 +82,10 @@ __device__ inline float linear_output(const Output& out, const Sum* sum, size_t 
 }
 
 // A template, so that the division by `outs` is one by a constant.
-template <bool gated, class Sum>
+template <bool gated, class Team, class Sum>
 __device__ inline void finish_as(const Output& out, const Tile<Sum>& tile) {
     const int outs = gated ? tile.outs / 2 : tile.outs, columns = out.columns();
-    for (int i = threadIdx.x; i < tile.rows / out.planes * outs; i += blockDim.x) {
+    for (int i = Team::thread(); i < tile.rows / out.planes * outs; i += Team::threads()) {
         const int row = i / outs * out.planes, column = i % outs, token = (tile.row0 + row) / out.planes;
         const int o = gated ? column / 8 * 16 + column % 8 : column;
         if (token >= out.m || tile.out0 + o >= out.n) continue;
@@ -99,9 +99,9 @@ __device__ inline void finish_as(const Output& out, const Tile<Sum>& tile) {
 }
 
 // y of a whole tile, gates and residual included, rounded once; consecutive threads take consecutive columns.
-template <class Sum>
+template <class Team = WholeBlock, class Sum>
 __device__ inline void finish(const Output& out, const Tile<Sum>& tile) {
-    out.gated ? finish_as<true>(out, tile) : finish_as<false>(out, tile);
+    out.gated ? finish_as<true, Team>(out, tile) : finish_as<false, Team>(out, tile);
 }
 
 template <class Sum>

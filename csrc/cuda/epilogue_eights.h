@@ -37,10 +37,10 @@ __device__ inline void linear_eight(const Output& out, const Sum* sums, int toke
     for (int j = 0; j < 8; ++j) v[j] = linear_output(out, &at.sums[j], 0, token, o + j);
 }
 
-template <bool gated, class Sum>
+template <bool gated, class Team, class Sum>
 __device__ inline void finish_eights_as(const Output& out, const Tile<Sum>& tile) {
     const int step = gated ? 16 : 8, eights = tile.outs / step;
-    for (int i = threadIdx.x; i < tile.rows * eights; i += blockDim.x) {
+    for (int i = Team::thread(); i < tile.rows * eights; i += Team::threads()) {
         const int r = i / eights, token = tile.row0 + r, o = tile.out0 + i % eights * step;
         if (token >= out.m || o >= out.n) continue;
         const Sum* sums = tile.at + r * tile.row_stride + i % eights * step;
@@ -61,9 +61,9 @@ __device__ inline void finish_eights_as(const Output& out, const Tile<Sum>& tile
 }
 
 // The sums of a row lie at multiples of 16 bytes; consecutive threads take consecutive columns.
-template <class Sum>
+template <class Team, class Sum>
 __device__ inline void finish_eights(const Output& out, const Tile<Sum>& tile) {
-    out.gated ? finish_eights_as<true>(out, tile) : finish_eights_as<false>(out, tile);
+    out.gated ? finish_eights_as<true, Team>(out, tile) : finish_eights_as<false, Team>(out, tile);
 }
 
 }  // namespace llmfp4::cuda

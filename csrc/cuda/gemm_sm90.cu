@@ -1,3 +1,5 @@
+#include <numeric>
+
 #include "gemm_sm90.h"
 #include "product.h"
 
@@ -60,24 +62,56 @@ GEMM(bf16_grouped, Halves<Bf16>, true)
 
 namespace llmfp4::cuda {
 
+// Of each instance: rows of a tile; how many of its blocks a multiprocessor holds; how many units of 8-bit operands are
+// as many bytes as the sums of a tile.
+constexpr int rows_of_sm90[] = {32, 64, 128, 256}, resident_sm90[] = {2, 2, 1, 1}, part_units_sm90[] = {3, 4, 6, 7};
+
+static int columns_sm90(const Weight& w) { return (w.n + sm90_outs - 1) / sm90_outs; }
+
+// The narrowest tile that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
+// leaves no more multiprocessors without work. By counting, not by measuring.
+static int tile_sm90(const Plan& plan, int columns, int multiprocessors) {
+    auto waves_of = [&](int rows) {
+        const int tiles = (plan.rows + rows - 1) / rows * columns;
+        return (tiles + multiprocessors - 1) / multiprocessors;
+    };
+    const bool widest = (plan.exact || plan.fast_sums) && 2 * waves_of(256) <= waves_of(128);
+    return plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
+}
+
+// How many of `blocks` share the tiles that full waves leave; 0: they are taken whole, too. So many that the longest
+// piece, and the parts of a tile that its last block adds, take least time: a part is worth `part_units` units of k. By
+// counting, not by measuring.
+static int sharers_sm90(int left, int units, int part_units, int blocks) {
+    int best = 0;
+    int64_t least = units;
+    for (int sharers = left + 1; left && sharers <= blocks; ++sharers) {
+        const int64_t piece = (int64_t(left) * units + sharers - 1) / sharers;
+        const int parts = sharers + left - std::gcd(sharers, left);  // of all tiles
+        const int64_t time = piece + parts * part_units / left;
+        if (time < least) least = time, best = sharers;
+    }
+    return best;
+}
+
 void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
-    constexpr int rows_of[] = {32, 64, 128, 256}, least_units = 8;  // of a split
-    const int columns = (w.n + sm90_outs - 1) / sm90_outs, units = int(UnitLayout{w.n, w.k}.units_k());
-    auto blocks_of = [&](int kernel) { return (plan.rows + rows_of[kernel] - 1) / rows_of[kernel] * columns; };
-    auto waves_of = [&](int kernel) { return (blocks_of(kernel) + multiprocessors - 1) / multiprocessors; };
-    // The narrowest tile that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
-    // leaves no more multiprocessors without work. By counting, not by measuring.
-    const bool widest = (plan.exact || plan.fast_sums) && 2 * waves_of(3) <= waves_of(2);
-    plan.kernel = plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
-    plan.kernel = plan.choose_tile(plan.kernel, 0, (plan.exact || plan.fast_sums) ? 3 : 2);
-    plan.tile_outs = sm90_outs, plan.tile_rows = rows_of[plan.kernel];
-    const int rows = rows_of[plan.kernel], blocks = blocks_of(plan.kernel);
-    plan.grid[0] = blocks / columns, plan.grid[1] = columns;
-    const int most = units / least_units, few = multiprocessors / blocks;
-    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
-    plan.grid[2] = plan.splits;
-    plan.counters = plan.splits > 1 ? blocks : 0;
-    plan.direct = false, plan.blocked_rows = int(plan.grid[0]) * rows;
+    const int columns = columns_sm90(w), units = int(UnitLayout{w.n, w.k}.units_k());
+    plan.kernel = plan.choose_tile(tile_sm90(plan, columns, multiprocessors), 0, plan.exact || plan.fast_sums ? 3 : 2);
+    const int rows = rows_of_sm90[plan.kernel], row_tiles = (plan.rows + rows - 1) / rows, tiles = row_tiles * columns;
+    plan.tile_outs = sm90_outs, plan.tile_rows = rows;
+    // Several blocks run on a multiprocessor only where there are tiles for them.
+    const int blocks = multiprocessors * (tiles > multiprocessors ? resident_sm90[plan.kernel] : 1);
+    const int left = tiles % blocks;
+    // One split: as counted. Several are forced, and share all tiles.
+    plan.splits = plan.choose_splits(1, units, tiles, multiprocessors);
+    const bool forced = plan.splits > 1;
+    plan.sharers = forced ? plan.splits * tiles : sharers_sm90(left, units, part_units_sm90[plan.kernel], blocks);
+    plan.whole = forced ? 0 : plan.sharers ? tiles - left : tiles;
+    plan.grid[0] = plan.whole == 0 ? plan.sharers : plan.whole < blocks ? plan.whole : blocks;
+    plan.grid[1] = plan.grid[2] = 1;
+    plan.counters = tiles - plan.whole;
+    if (plan.sharers) plan.partial_bytes = (plan.sharers + plan.counters - 1) * rows * sm90_outs * 4;
+    plan.direct = false, plan.blocked_rows = row_tiles * rows;
 }
 
 void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
@@ -87,10 +121,12 @@ void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Ca
     if (a.quantized() && !rows_alone && !(a.fp8() && w.scale_kind == ScaleKind::e8m0))
         throw std::invalid_argument("sm90 multiplies these activations by weights of one scale per row only");
     make_operands(w, a, plan, call);
+    const int row_tiles = plan.blocked_rows / rows_of_sm90[plan.kernel];
+    const StreamK share = stream_k(plan, row_tiles * columns_sm90(w), row_tiles, int(UnitLayout{w.n, w.k}.units_k()));
     auto launch = [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         const auto& kernel = KernelsSm90<Operand, grouped>::at[plan.kernel];
-        const GemmSm90<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call)};
+        const GemmSm90<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), share};
         start(kernel.name, kernel.function, plan.grid[0], plan.grid[1], plan.grid[2], sm90_threads, kernel.shared, true,
               call.queue, p);
     };

@@ -74,6 +74,7 @@ struct Plan {
     bool narrow;          // tiles have up to 64 rows: operands are scaled, which takes registers (gemm)
     uint32_t grid[3];     // of the product
     int splits, warps_n;  // blocks that share a sum over k; strips side by side in a block (gemv)
+    int whole, sharers;   // tiles that a block takes whole; blocks that share the others (sm90, stream_k.h)
     int tile, first_tile, last_tile, most_splits;  // the tile's place among the family's; what may be forced
     int tile_outs, tile_rows;
     size_t x_bytes;        // of activation operands
@@ -170,7 +171,7 @@ struct Family {
         const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
         plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);
         plan.scale_bytes = a.quantized() ? round_up(size_t(m) * sizeof(float), 256) : 0;
-        plan.partial_bytes = plan.splits > 1 ? size_t(plan.splits) * plan.rows * w.n * 4 : 0;
+        if (plan.splits > 1 && !plan.sharers) plan.partial_bytes = size_t(plan.splits) * plan.rows * w.n * 4;
         return plan;
     }
 };

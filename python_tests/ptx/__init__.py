@@ -96,7 +96,7 @@ class Program:
 
     def run(self, kernel: str, grid, block, args, shared: int = 0, seed: int = 0, limit_s: float = 30.0) -> Report:
         """One launch. A tensor is memory to read and write; an int is a 32-bit parameter, a float an fp32 one, a
-        ctypes object itself. seed 0: threads in order; other seeds: a random schedule each."""
+        ctypes object itself. seed 0: threads and blocks in order; other seeds: a random schedule each."""
         record = self.record(kernel)
         if record.params != len(args):
             raise FAULTS["BadLaunch"](f"kernel {kernel}: {len(args)} arguments for {record.params} parameters")

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
+#include <numeric>
 
 #include "machine.h"
 
@@ -231,15 +232,22 @@ static bool refuse(const std::string& why) {
     return false;
 }
 
+// Shuffled, blocks come in any order: what one of them may rely on is its own, and what it acquires.
 static bool run_grid(const u32* grid) {
-    for (u64 i = 0, n = u64(grid[0]) * grid[1] * grid[2]; i < n; i++) {
+    std::vector<u64> order(u64(grid[0]) * grid[1] * grid[2]);
+    std::iota(order.begin(), order.end(), 0);
+    for (u64 left = B.shuffle ? order.size() : 0; left > 1; left--)
+        std::swap(order[left - 1], order[random_number() % left]);
+    u64 ended = 0;
+    for (u64 i : order) {
         B.number = i;
         B.ctaid[0] = i % grid[0], B.ctaid[1] = i / grid[0] % grid[1], B.ctaid[2] = i / (u64(grid[0]) * grid[1]);
         run_block();
         if (B.failed) return false;
+        ended++;
         if (now() > B.deadline) {
-            B.error = "kernel " + std::string(B.kernel->name) + ": " + std::to_string(i + 1) + " of " +
-                      std::to_string(n) + " blocks ran longer than limit_s";
+            B.error = "kernel " + std::string(B.kernel->name) + ": " + std::to_string(ended) + " of " +
+                      std::to_string(order.size()) + " blocks ran longer than limit_s";
             return B.error_kind = "TimeLimit", false;
         }
     }
