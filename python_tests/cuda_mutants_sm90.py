@@ -97,7 +97,7 @@ MUTANTS = [
     (GEMM, "epilogue_eights.h", "planes are tokens", "out.planes == 1 && ", "", f"{WRONG} OutOfBounds"),
     (GEMM, "epilogue_eights.h", "ups of the same eight", "(out, sums + 8, token, o + 8, up)", "(out, sums, token, o, up)", WRONG),
     (GEMM, "epilogue_eights.h", "gates in the columns of the weight", "(gated ? o / 2 : o)", "o", f"{WRONG} OutOfBounds Race"),
-    (GEMM, "epilogue_eights.h", "ups are gates, too", "gated ? 16 : 8", "8", f"{WRONG} OutOfBounds Race Misaligned"),
+    (GEMM, "epilogue_eights.h", "ups are gates, too", "gated ? 16 : 8", "8", f"{WRONG} OutOfBounds Race Misaligned Uninitialised"),
     (GEMM, "epilogue_eights.h", "one residual for eight columns", "out.dtype, at + j)", "out.dtype, at)", WRONG),
     (GEMM, "epilogue_eights.h", "the residual is forgotten", "        if (out.residual)\n", "        if (false)\n", WRONG),
     (FP8, "gemm_sm90.h", "sums in fp32 are overwritten", "total[i][e] = add(total[i][e], acc[i][e]);", "total[i][e] = acc[i][e];", WRONG),

@@ -93,7 +93,7 @@ def test_activations_that_are_no_integers(activation, dynamic):
 @pytest.mark.parametrize("group", [0, 32])
 def test_8_bit_floats(group):
     """On GPUs that fp8.py does not name they are multiplied as bf16, within the same bound."""
-    from llmfp4_kernels.backends.triton.judge import loss_in_14_bits
+    from llmfp4_kernels.backends.judge import loss_in_14_bits
 
     for i, (m, n, k) in enumerate(SHAPES):
         packed, bias = packed_of(n, k, E2M1, E4M3FN, dynamic=i % 2, seed=i, group=group), torch.randn(n)
