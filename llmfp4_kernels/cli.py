@@ -195,5 +195,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; quantize resumes where it stopped when it is called again", file=sys.stderr)
         return 130
-    print(json.dumps(result, indent=1) if args.json else args.show(result))
+    text = json.dumps(result, indent=1) if args.json else args.show(result)
+    print(text.encode(errors="backslashreplace").decode())  # what a foreign file says may be no text
     return 0

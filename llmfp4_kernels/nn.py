@@ -227,7 +227,17 @@ class FP4Linear(FP4Module, nn.Linear):
         return cls.from_packed(recipe.to(weight.device), linear.bias)
 
     def _fused_bias(self) -> torch.Tensor | None:
-        return None if self.bias is None or self.bias.requires_grad else self.bias
+        bias = self._current_bias()
+        return None if bias is None or bias.requires_grad else bias
+
+    def _current_bias(self) -> torch.Tensor | None:
+        """A bias that was pruned, parametrized or deleted is no parameter any more."""
+        return self._parameters["bias"] if "bias" in self._parameters else getattr(self, "bias", None)
+
+    def _require_memory(self) -> None:
+        for name, tensor in (*self._parameters.items(), ("bias", self._current_bias())):
+            if tensor is not None and tensor.numel() and not tensor.data_ptr():
+                raise BadInput(f"{name} of {tensor.dtype} {list(tensor.shape)} on {tensor.device} has no memory")
 
     def multiplier(self) -> Multiplier:
         """The kernel side of this layer. The first call on a device puts the codes into the layout of its kernel for
@@ -235,16 +245,18 @@ class FP4Linear(FP4Module, nn.Linear):
 
         Layers under accelerate's offloading keep row order, since its hooks put back what they took away.
         """
-        current = self._current
-        if current is None or not current.holds(self._parameters.values()):
+        current, tensors = self._current, list(self._parameters.values())
+        if "bias" not in self._parameters:
+            tensors.append(self._current_bias())
+        if current is None or not current.holds(tensors):
             with _shuffling:  # two threads may meet at a layer's first call
+                self._require_memory()
                 packed = packed_of(*self.op_arguments())
                 wanted = registry.layout_for(Problem.of(packed, 1, torch.float32))
                 if packed.layout != wanted and not hasattr(self, "_hf_hook"):
                     self.codes.data = layout.convert_codes(self.codes.detach(), *packed.shape, wanted)
                     packed = packed_of(*self.op_arguments())
-                made = Multiplier(packed, self._fused_bias())
-                current = self._current = CurrentMultiplier(list(self._parameters.values()), made)
+                current = self._current = CurrentMultiplier(tensors, Multiplier(packed, self._fused_bias()))
         return current.multiplier
 
     def kernel(self, m: int, dtype: torch.dtype = torch.float32) -> str:
@@ -252,7 +264,7 @@ class FP4Linear(FP4Module, nn.Linear):
         return self.multiplier().choose(m, dtype)[0].name
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        compiling, bias = torch.compiler.is_compiling(), self._parameters.get("bias")
+        compiling, bias = torch.compiler.is_compiling(), self._current_bias()
         trained = bias is not None and bias.requires_grad
         inside = None if trained else residual
         if (compiling or torch._C._is_any_autocast_enabled()) and not getattr(x, "is_meta", True):

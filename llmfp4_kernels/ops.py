@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import epilogue, registry
@@ -57,6 +58,8 @@ def needs_dispatcher(x: torch.Tensor, codes: torch.Tensor) -> bool:
     Fake and meta tensors, vmap's batches, nested tensors and subclasses have none; a trace would not see the call.
     True also of what is no tensor: refusing it is left to `require_tensors`, off the way of the calls that are timed.
     """
+    if forward_ad._current_level >= 0:
+        raise BadInput("packed products have no forward-mode derivative: take their gradient, in reverse mode")
     return (
         type(x) is not torch.Tensor
         or (x.requires_grad and torch.is_grad_enabled())
@@ -77,6 +80,11 @@ def require_tensors(x: torch.Tensor, residual: torch.Tensor | None) -> None:
         if not isinstance(given, torch.Tensor) or given.is_nested:
             what = "nested tensor" if isinstance(given, torch.Tensor) else type(given).__name__
             raise BadInput(f"{name} is a {what}: one tensor [..., {'k' if name == 'x' else 'n'}] is needed")
+
+
+def require_input(x: torch.Tensor, n: int, k: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != k or not x.is_floating_point():
+        raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
 
 
 FEW_ROWS = 16
@@ -117,13 +125,14 @@ class Multiplier:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
         """x [..., k] → y [..., n] or, gated, [..., n/2], dtype of x; `linear` says what it holds."""
+        if x.is_neg():
+            x = x.resolve_neg()
         if residual is None and not gated:
             call = self.calls.get((x.shape, x.dtype))
             if call is not None:
                 return call(x)
         n, k = self.packed.shape
-        if x.ndim == 0 or x.shape[-1] != k or not x.is_floating_point():
-            raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
+        require_input(x, n, k)
         epilogue.require_epilogue(x, n, residual, gated)
         m = x.numel() // k
         if m == 0:
@@ -144,8 +153,8 @@ class CurrentMultiplier:
     """A Multiplier and the tensors it was made from, to notice when one is replaced, moved or written to.
 
     Writes that hide from torch's version counter (through `.data`, or to inference tensors) are seen in codes,
-    row_scale and a float32 bias, which the CPU kernels read in place, and not in x_scale, shift, x_factor and a 16-bit
-    bias.
+    row_scale and a float32 bias, which the CPU kernels read in place, and not in the other scales, shift, x_factor
+    and a 16-bit bias.
     """
 
     def __init__(self, tensors: list[torch.Tensor | None], multiplier: Multiplier):
@@ -155,8 +164,10 @@ class CurrentMultiplier:
         self.states = [(t, t._version, t.data_ptr()) for t in told]
         self.floats = [(t, t.requires_grad) for t in told if t.is_floating_point()]
 
-    def holds(self, tensors: Iterable[torch.Tensor | None]) -> bool:
+    def holds(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Whether these are the same tensors, unchanged."""
+        if len(tensors) != len(self.tensors):
+            return False
         for tensor, known in zip(tensors, self.tensors):
             if tensor is not known:
                 return False
@@ -204,6 +215,9 @@ def linear(
 
 @linear.register_fake
 def _(x, codes, row_scale, group_scale, x_scale, shift, x_factor, bias, spec, residual=None, gated=False):
+    if x.device != codes.device:
+        raise BadInput(f"x is on {x.device}, the weight on {codes.device}")
+    require_input(x, row_scale.shape[0], _parse(spec)["k"])
     return x.new_empty(*x.shape[:-1], row_scale.shape[0] // 2 if gated else row_scale.shape[0])
 
 

@@ -57,7 +57,7 @@ def exact_and_bound(packed, x, bias=None):
     if bias is not None:
         bound += 2.0**-23 * bias.double().abs()
     if x.dtype == torch.float16 and packed.scale == E8M0:
-        largest = torch.ldexp(packed.row_scale.double(), packed.group_scale.amax(1).int() - 127)
+        largest = torch.ldexp(packed.row_scale.double().abs(), packed.group_scale.amax(1).int() - 127)
         bound += 2.0**-25 * scaled.abs().sum(1, keepdim=True) * largest
     return exact, after_rounding(exact, bound, x.dtype)
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from cases import random_packed, random_x
 from torch import nn
 from torch.library import opcheck
@@ -349,3 +350,43 @@ def test_few_rows_keep_what_follows_from_their_shape(packed):
     assert torch.equal(multiply(x), expected)
     with pytest.raises(BadInput, match="x is on meta, the weight on the CPU"):
         multiply(x.to("meta"))
+
+
+def test_what_has_no_memory_or_another_device_is_refused(packed):
+    layer, x = FP4Linear.from_packed(packed, torch.zeros(40)), random_x(2, packed.k)
+    expected = layer(x)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+    for wrong, message in (
+        (torch._efficientzerotensor(2, packed.k), "has no memory"),
+        (torch.empty(2, packed.k, device="meta"), "x is on meta, the weight on cpu"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            layer(wrong)
+    with pytest.raises(BadInput, match="x is on cpu, the weight on meta"):
+        copy.deepcopy(layer).to("meta")(x)
+    with pytest.raises(BadInput, match="does not match a weight"):
+        copy.deepcopy(layer).to("meta")(torch.empty(2, packed.k + 1, device="meta"))
+    for name in ("codes", "bias"):
+        bad = copy.deepcopy(layer)
+        assert torch.equal(bad(x), expected)
+        getattr(bad, name).untyped_storage().resize_(0)
+        with pytest.raises(BadInput, match=f"{name} of .* has no memory"):
+            bad(x)
+
+
+def test_forward_mode_derivatives_are_refused(packed):
+    layer, x = FP4Linear.from_packed(packed), random_x(2, packed.k)
+    with pytest.raises(BadInput, match="no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+def test_a_bias_that_is_no_parameter_any_more_is_seen(packed):
+    x, bias = random_x(2, packed.k), torch.randn(40)
+    plain, layer = FP4Linear.from_packed(packed)(x), FP4Linear.from_packed(packed, bias)
+    layer(x)
+    nn.utils.prune.random_unstructured(layer, "bias", amount=0.9)
+    assert torch.equal(layer(x), FP4Linear.from_packed(packed, layer.bias.detach())(x))
+    layer = FP4Linear.from_packed(packed, bias)
+    layer(x)
+    del layer.bias
+    assert torch.equal(layer(x), plain)

@@ -60,8 +60,10 @@ class Prepared:
                 raise BadInput(f"x is on {x.device}, the weight on the CPU")
             if not x.is_contiguous():
                 x = x.contiguous()
-            y = x.new_empty(*out)
-            run(handle, x.data_ptr(), k, y.data_ptr(), m, kind, torch.get_num_threads())
+            y, address = x.new_empty(*out), x.data_ptr()
+            if not address:
+                raise BadInput(f"x of {x.dtype} {list(x.shape)} has no memory of its own")
+            run(handle, address, k, y.data_ptr(), m, kind, torch.get_num_threads())
             return y
 
         return call

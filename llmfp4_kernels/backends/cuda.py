@@ -29,7 +29,7 @@ GEMV_ROWS = 16
 GROUPS = (16, 32, 64, 128, 256, 512)
 """Inputs that may share a group scale: whole multiples of what a lane holds."""
 GRID_LIMIT = 65535
-"""Tiles of 64 outputs along one side of a grid."""
+"""Tiles of 64 outputs, or blocks of 256 inputs that become operands, along one side of a grid."""
 machine = Machine()
 _counters: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -221,6 +221,8 @@ def refusal(name: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
+    if problem.k > 256 * GRID_LIMIT:
+        return f"k = {problem.k} is more than {256 * GRID_LIMIT}, which a grid holds"
     fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
     integers = problem.activation and not fp8
     why = _refusal_of_integers(problem) if integers else _refusal_of_groups(problem)
