@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,3 +97,14 @@ def test_architectures_are_numbers(word, tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode and re.search(f"'{word}'\\s+is\\s+no\\s+number", done.stderr), done.stderr
+
+
+def test_products_beyond_a_grid_are_refused(monkeypatch):
+    built_for(monkeypatch, "80", "90a-real")
+    monkeypatch.setattr(cuda.machine, "capability", lambda index: (9, 0))
+    rows = [row for row in cuda.KERNELS if row.name in ("cuda.gemv", "cuda.sm80", "cuda.sm90")]
+    for side, most in (("n", 64 * 65535), ("k", 256 * 65535)):
+        problem = replace(PROBLEM, activation=None, dtype=torch.bfloat16, **{side: most})
+        assert [row.refusal(problem) for row in rows] == [None] * 3
+        sentence = f"{side} = {most + 1} is more than {most}, which a grid holds"
+        assert {row.refusal(replace(problem, **{side: most + 1})) for row in rows} == {sentence}
