@@ -56,6 +56,26 @@ def test_layers_that_are_none_are_bad_files(entry, tmp_path):
         load_quantized(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "change", [{"group_size": -1}, {"group_size": None}, {"group_size": 0}, {"scale": None}], ids=str
+)
+def test_groups_that_do_not_fit_their_scales_are_bad_files(change, tmp_path):
+    model = llama()
+    quantize_model(model, "mxfp4", progress=False)
+    save_quantized(model, tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    name = next(iter(config["quantization_config"]["layers"]))
+    config["quantization_config"]["layers"][name] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(BadFile, match=f"describes layer {name} as"):
+        load_quantized(tmp_path / "saved")
+    for content in (b"\xff\xfe{", b'{"quantization_config": 1}'):
+        file.write_bytes(content)
+        with pytest.raises(BadFile, match="is not JSON of a model"):
+            load_quantized(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("path", [None, 3, b"saved"], ids=str)
 def test_what_is_no_path(path):
     model = llama()

@@ -193,8 +193,15 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 def _described(config_file: Path, name: str, entry) -> FP4Module:
     try:
-        return empty_layer(entry, torch.float32)
-    except (LLMFP4Error, TypeError, KeyError, AttributeError, ValueError) as error:
+        layer = empty_layer(entry, torch.float32)
+        if (
+            not isinstance(layer.group_size, int)
+            or layer.group_size < 0
+            or (layer.scale is None) != (layer.group_size == 0)
+        ):
+            raise ValueError(f"group_size {layer.group_size} with {layer.scale.name if layer.scale else 'no'} scales")
+        return layer
+    except (LLMFP4Error, TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
         raise BadFile(f"{config_file} describes layer {name} as {entry!r}, which is none: {error!r}") from error
 
 
@@ -204,9 +211,10 @@ def _check_folder(path: Path) -> dict:
     if not config_file.is_file():
         raise BadFile(f"{path} is no model folder: it has no config.json")
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         quantization = config.get("quantization_config") or {}
-    except (json.JSONDecodeError, AttributeError) as error:
+        quantization.get("quant_method")
+    except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no dict
         raise BadFile(f"{config_file} is not JSON of a model: {error}") from error
     if quantization.get("quant_method") != FORMAT or quantization.get("version") != VERSION:
         found = f"method {quantization.get('quant_method')!r} version {quantization.get('version')!r}"
