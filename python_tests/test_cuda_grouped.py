@@ -119,5 +119,5 @@ def test_recipes_run_without_the_reference(monkeypatch):
         "mxfp4-a8-int", "nvfp4-a8-int", "int4-a8", "int4-a4"}  # fmt: skip
     problem = Problem(1, 64, 64, E1M2, INT8, E4M3, 24, dynamic=Dynamic(), device="cuda")
     assert "groups of 24" in cuda.refusal("sm80", problem)
-    long = dataclasses.replace(problem, group_size=32, k=2 * 10**7)
+    long = dataclasses.replace(problem, group_size=32, k=16 * 10**6)
     assert cuda.refusal("sm80", long) is None

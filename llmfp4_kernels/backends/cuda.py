@@ -221,13 +221,13 @@ def refusal(name: str, problem: Problem) -> str | None:
         return f"activations are {problem.dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if problem.n > 64 * GRID_LIMIT:
         return f"n = {problem.n} is more than {64 * GRID_LIMIT}, which a grid holds"
-    if problem.k > 256 * GRID_LIMIT:
-        return f"k = {problem.k} is more than {256 * GRID_LIMIT}, which a grid holds"
     fp8 = name == "sm90" and cuda_sm90.multiplies_fp8(problem)
     integers = problem.activation and not fp8
     why = _refusal_of_integers(problem) if integers else _refusal_of_groups(problem)
     if why:
         return why
+    if problem.k > 256 * GRID_LIMIT:
+        return f"k = {problem.k} is more than {256 * GRID_LIMIT}, which a grid holds"
     rows = problem.m * planes(problem)
     if name == "gemv" and rows > GEMV_ROWS:
         return f"{rows} rows of activations are more than {GEMV_ROWS}, which its registers hold"
