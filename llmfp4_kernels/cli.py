@@ -74,7 +74,7 @@ def explain(args) -> dict:
 
     from .backends import cuda, triton
     from .problem import Problem
-    from .registry import allowed, best, epilogue_of, forced, table
+    from .registry import allowed, best, epilogue_of, forced, walk
 
     recipe = formats.recipe(args.recipe)
     element = _element(args.element, recipe.weight_elements, "weight element")
@@ -82,10 +82,10 @@ def explain(args) -> dict:
     problem = Problem.of_recipe(
         recipe, args.m, args.n, args.k, element, activation, getattr(torch, args.dtype), args.device
     )
-    walk = [(kernel, kernel.refusal(problem)) for kernel in table()]
-    steps = [{"kernel": kernel.name, "refusal": refusal} for kernel, refusal in walk]
+    walked = walk(problem)
+    steps = [{"kernel": kernel.name, "refusal": refusal} for kernel, refusal in walked]
     name = forced()
-    kernel = best(problem, [kernel for kernel, refusal in walk if refusal is None and allowed(kernel.name)])
+    kernel = best(problem, [kernel for kernel, refusal in walked if refusal is None and allowed(kernel.name)])
     runs = kernel and kernel.name
     backend = {"cuda": cuda, "triton": triton}.get(runs.split(".")[0]) if runs else None
     tile = backend.tile(runs, problem) if backend else None

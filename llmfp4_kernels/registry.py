@@ -16,9 +16,14 @@ def table() -> tuple[Kernel, ...]:
     return cpu.KERNELS + rounded.KERNELS + on_gpu + reference.KERNELS
 
 
+def walk(problem: Problem) -> list[tuple[Kernel, str | None]]:
+    """Every kernel and its refusal, or None."""
+    return [(kernel, kernel.refusal(problem)) for kernel in table()]
+
+
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
     """What each kernel answers: a refusal, or None. Of the latter `best` runs, unless LLMFP4_KERNEL names others."""
-    return [(kernel.name, kernel.refusal(problem)) for kernel in table()]
+    return [(kernel.name, why) for kernel, why in walk(problem)]
 
 
 def allowed(name: str) -> bool:
@@ -36,7 +41,7 @@ def layout_for(problem: Problem) -> str:
 
     Raises NoKernel if all refuse.
     """
-    taken = [kernel for kernel in table() if kernel.refusal(problem) is None]
+    taken = [kernel for kernel, why in walk(problem) if why is None]
     named = [kernel for kernel in taken if allowed(kernel.name)]
     first = best(problem, named or taken)
     return (first or choose(problem)).layout
@@ -57,9 +62,9 @@ def choose(problem: Problem) -> Kernel:
     """
     if name := forced():
         return _choose_of(name, problem)
-    walk = [(kernel, kernel.refusal(problem)) for kernel in table()]
-    refusals = "; ".join(f"{kernel.name}: {why}" for kernel, why in walk if why)
-    taken = best(problem, [kernel for kernel, why in walk if why is None])
+    walked = walk(problem)
+    refusals = "; ".join(f"{kernel.name}: {why}" for kernel, why in walked if why)
+    taken = best(problem, [kernel for kernel, why in walked if why is None])
     what = f"{problem.scheme} m = {problem.m}, n = {problem.n}, k = {problem.k}"
     if taken is None:
         raise NoKernel(f"no kernel takes {what}: {refusals}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import random_packed, random_x, same_bits
 from cuda_on_cpu import OnCpu, all_kernels
+from json_changes import change
 from ptx import missing
 
 from llmfp4_kernels import cli, native, reference, registry
@@ -217,17 +218,6 @@ def test_the_cache_folder_goes_before_the_package():
         assert [(r["config"]["kernel"], r["config"]["splits"]) for r in content["rows"]] == [
             ("cuda.sm80", 6), ("cuda.gemv", 3)]  # fmt: skip
         assert [entry.name for entry in own.parent.iterdir()] == ["cuda-cpu-132.json"]
-
-
-def change(*keys, value):
-    def changed(content):
-        at = content
-        for key in keys[:-1]:
-            at = at[key]
-        at[keys[-1]] = value
-        return json.dumps(content)
-
-    return changed
 
 
 BAD = [

@@ -43,33 +43,32 @@ def test_globs_are_several(globs):
         quantize_model(llama(), "mxfp4", progress=False, **globs)
 
 
-@pytest.mark.parametrize("entry", [None, 5, "nope", {}, {"n": 8, "k": 8}], ids=str)
-def test_layers_that_are_none_are_bad_files(entry, tmp_path):
+def refuse_layer(folder, change):
+    """A saved model whose config describes its first layer as change(entry) is a bad file; returns the config's."""
     model = llama()
     quantize_model(model, "mxfp4", progress=False)
-    save_quantized(model, tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    name = next(iter(config["quantization_config"]["layers"]))
-    config["quantization_config"]["layers"][name] = entry
-    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    save_quantized(model, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    layers = config["quantization_config"]["layers"]
+    name = next(iter(layers))
+    layers[name] = change(layers[name])
+    file.write_text(json.dumps(config))
     with pytest.raises(BadFile, match=f"describes layer {name} as"):
-        load_quantized(tmp_path / "saved")
+        load_quantized(folder)
+    return file
+
+
+@pytest.mark.parametrize("entry", [None, 5, "nope", {}, {"n": 8, "k": 8}], ids=str)
+def test_layers_that_are_none_are_bad_files(entry, tmp_path):
+    refuse_layer(tmp_path / "saved", lambda _: entry)
 
 
 @pytest.mark.parametrize(
     "change", [{"group_size": -1}, {"group_size": None}, {"group_size": 0}, {"scale": None}], ids=str
 )
 def test_groups_that_do_not_fit_their_scales_are_bad_files(change, tmp_path):
-    model = llama()
-    quantize_model(model, "mxfp4", progress=False)
-    save_quantized(model, tmp_path / "saved")
-    file = tmp_path / "saved" / "config.json"
-    config = json.loads(file.read_text())
-    name = next(iter(config["quantization_config"]["layers"]))
-    config["quantization_config"]["layers"][name] |= change
-    file.write_text(json.dumps(config))
-    with pytest.raises(BadFile, match=f"describes layer {name} as"):
-        load_quantized(tmp_path / "saved")
+    file = refuse_layer(tmp_path / "saved", lambda entry: entry | change)
     for content in (b"\xff\xfe{", b'{"quantization_config": 1}'):
         file.write_bytes(content)
         with pytest.raises(BadFile, match="is not JSON of a model"):

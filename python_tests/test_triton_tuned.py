@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from json_changes import change
 
 from llmfp4_kernels import cli
 from llmfp4_kernels.backends import cuda, measured, triton
@@ -92,19 +93,6 @@ def test_which_tokens_a_measurement_serves():
 
 def path():
     return measured.cache_folder() / tuned.KIND.file(tuned.Conditions.here(GPU))
-
-
-def change(*keys, value):
-    """A change of one thing in the file."""
-
-    def changed(content):
-        at = content
-        for key in keys[:-1]:
-            at = at[key]
-        at[keys[-1]] = value
-        return json.dumps(content)
-
-    return changed
 
 
 def without(*keys):
