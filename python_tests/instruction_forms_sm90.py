@@ -84,7 +84,7 @@ def wgmma(kind: str, n: int) -> Form:
 
 FORMS = {
     f"wgmma_{kind}_{n}": wgmma(kind, n)
-    for kind, sizes in {"s8": (32, 256), "e4m3": (32, 128), "f16": (32, 128), "bf16": (32, 128)}.items()
+    for kind, sizes in {"s8": (32, 48, 256), "e4m3": (32, 112), "f16": (16, 128), "bf16": (80, 224)}.items()
     for n in sizes
 }
 FORMS["bulk_copies"] = Form(

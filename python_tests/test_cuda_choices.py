@@ -119,7 +119,8 @@ def test_a_table_leads_to_its_launch(kernel, cache):
             tiles = -(-70 // outs)
             assert gpu.grids[-1] == grid_of(kernel, division(kernel, form, m, multiprocessors, tile, splits), tiles)
             assert splits == 1 or splits in gpu.grids[-1] or splits * tiles in gpu.grids[-1]
-            assert gpu.launched[-1].endswith(f"_{rows}" if kernel != "cuda.sm80" else f"_{plan.tile_size}")
+            sizes = {"cuda.gemv": rows, "cuda.sm80": plan.tile_size, "cuda.sm90": 32 << tile}  # sm90's: at most
+            assert gpu.launched[-1].endswith(f"_{sizes[kernel]}")
             assert same_bits(y, expected), (tile, splits)
         (cache / cuda_choices.KIND.file(measured.Conditions.of(cuda.machine, HERE))).unlink()
         measured.forget()
@@ -152,7 +153,7 @@ def test_the_fastest_row_runs(monkeypatch):
         nothing = f"counted: there is no cuda-*.json in {measured.cache_folder()} or {measured.SHIPPED}"
         assert (name, tile) == ("cuda.gemv", measured.Choice(Tile("cuda.gemv", 5, "64x16", 4), nothing))
         slow, fast = row("cuda.gemv", 3, "16x16", 2, seconds=9e-5), row()
-        path = put(slow, fast, row("cuda.sm90", 0, "128x32", 4, seconds=3e-5))
+        path = put(slow, fast, row("cuda.sm90", 0, "128x16", 4, seconds=3e-5))
         name, tile = choice(problem)
         assert (name, tile.config) == ("cuda.sm80", fast.config)
         assert tile.source == f"measured at m = 16, n = 150, k = 2100, 2000-01-01, commit 0000000000, in {path}"

@@ -82,6 +82,11 @@ def check(gpu, packed, x, bias=None, row=SM90):
     return gpu.launched[-1]
 
 
+def rows_of_tile(gpu, x):
+    plan = gpu.prepared.plans[gpu.kernel.removeprefix("cuda."), len(x), cuda.DTYPES[x.dtype]]
+    return int(plan.tile_size.split("x")[1])
+
+
 def with_groups(packed, size, seed=0):
     """E8M0 scales of groups of `size` inputs, as far apart within a row as the element allows."""
     n, k = packed.shape
@@ -134,12 +139,19 @@ def test_every_instance_and_split_over_k(m, group, programs):
         assert launched == f"gemm_sm90_{tag}_{ {17: 32, 40: 64, 70: 128}[m] }"
 
 
-@pytest.mark.parametrize("m", [17, 40, 70, 250])
-def test_every_instance_of_fast_sums(m, programs):
-    packed = packed_of(70, 330, E2M1, E4M3FN, dynamic=True, seed=m)
-    with OnCpu(programs, 1, **HOPPER) as gpu:
-        launched = check(gpu, packed, random_x(m, 330, torch.bfloat16), row=FAST)
-    assert launched == f"gemm_sm90_fp8_fast_{ {17: 32, 40: 64, 70: 128, 250: 256}[m] }"
+WIDTHS = {32: (8, 16, 24, 32), 64: (40, 48, 56, 64), 128: (80, 96, 112, 128), 256: (160, 192, 224, 256)}
+"""Rows that a tile may have, by those of the kernel."""
+
+
+@pytest.mark.parametrize("most", WIDTHS)
+def test_every_width(most, programs):
+    for i, rows in enumerate(WIDTHS[most]):
+        kind = "fp8_fast" if most == 256 or i % 2 == 0 else "fp8_grouped" if i == 1 else "fp8"
+        packed = packed_of(70, 330, E2M1, E4M3FN, dynamic=True, seed=rows, group=32 * (kind == "fp8_grouped"))
+        with OnCpu(programs, 1, **HOPPER) as gpu:
+            x = random_x(rows - i, 330, torch.bfloat16)
+            launched = check(gpu, packed, x, row=FAST if kind == "fp8_fast" else SM90)
+            assert launched == f"gemm_sm90_{kind}_{most}" and rows_of_tile(gpu, x) == rows
 
 
 def unit_weights(n, k, activation=E4M3FN):
@@ -218,8 +230,8 @@ def test_operands_are_what_torch_makes_of_every_fp16_number(programs):
         gpu.run(cuda.Prepared(unit_weights(16, 4096), None), SM90, x)
         plan = gpu.prepared.plans["sm90", 16, cuda.DTYPES[x.dtype]]
         made = next(t for t in reversed(gpu.allocations.made) if t.dtype == torch.uint8 and t.numel() == plan.bytes)
-    blocks = made[: 32 * 4096].view(64, 4, 4, 8, 4, 4)  # unit, rows / 8, word c, row, lane t, byte
-    bytes = blocks.permute(1, 3, 0, 4, 2, 5).reshape(32, 4096)[:16]
+    blocks = made[: 16 * 4096].view(64, 2, 4, 8, 4, 4)  # unit, rows / 8, word c, row, lane t, byte
+    bytes = blocks.permute(1, 3, 0, 4, 2, 5).reshape(16, 4096)
     expected = x.float().clamp(-448, 448).to(torch.float8_e4m3fn)
     zero = expected.float() == 0
     assert torch.equal(bytes[~zero], expected.view(torch.uint8)[~zero]) and (bytes[zero] & 127 == 0).all()

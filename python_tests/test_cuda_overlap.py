@@ -25,7 +25,7 @@ WAIT = "wait_for_previous_kernel();"
 FIRST = {  # where a kernel begins
     "gemv.h": "    const WarpShare share(kernel.warps_n, p.strips, p.units_k);\n",
     "gemm_sm80.h": "    typename Operand::Sum acc[strips][rows8][4] = {};\n    auto weights_of",
-    "gemm_sm90.h": "    const int lane = threadIdx.x % warp_size;\n    // Bytes of scales",
+    "gemm_sm90.h": "    const int lane = threadIdx.x % warp_size;\n    const unsigned x_bytes",
 }
 
 

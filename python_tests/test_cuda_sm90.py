@@ -12,6 +12,7 @@ from cases import GROUP_SCALES, ODD_SHAPES, random_packed, random_x, same_bits
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import missing
 from test_cuda_float import exact_and_bound
+from test_cuda_fp8 import WIDTHS, rows_of_tile
 from test_dynamic import dynamic_packed, wild_x
 
 from llmfp4_kernels import native, reference
@@ -70,6 +71,18 @@ def test_every_instance_and_split_over_k(m, programs):
     assert launched == {f"gemm_sm90_int8_{rows}" for rows in widest}
 
 
+@pytest.mark.parametrize("most", WIDTHS)
+def test_every_width_of_integers(most, programs):
+    """The fewest rows of a tile, and the most. Integers have no 40 and no 56."""
+    for i, rows in enumerate(r for r in WIDTHS[most] if r not in (40, 56)):
+        packed = random_packed(150, 330, E2M1, E3M0 if i % 2 else E2M1, True, seed=rows)  # of E3M0 two planes
+        for tiles in (1, 2) if most == 128 else (1,):
+            m = (tiles * rows if i % 2 else tiles * (rows - 7)) // (1 + i % 2)
+            with OnCpu(programs, 1 if most == 256 else 200, **HOPPER) as gpu:
+                x = random_x(m, 330)
+                assert check(gpu, packed, x) == f"gemm_sm90_int8_{most}" and rows_of_tile(gpu, x) == rows
+
+
 def check_float(gpu, packed, x, bias=None):
     assert KERNEL.refusal(dataclasses.replace(Problem.of(packed, len(x), x.dtype), device="cuda")) is None
     prepared, (exact, bound) = cuda.Prepared(packed, bias), exact_and_bound(packed, x, bias)
@@ -107,6 +120,18 @@ def test_every_instance_of_16_bits_and_split_over_k(m, group, programs):
             launched = check_float(gpu, packed, random_x(m, 1096, dtype) / 64)
         rows = {17: 32, 40: 64, 70: 128}[m]
         assert launched == f"gemm_sm90_{tag}{'_grouped' if group[0] else ''}_{rows}"
+
+
+@pytest.mark.parametrize("most", [32, 64, 128])
+@pytest.mark.parametrize("group", [(None, 0), (E8M0, 32)], ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
+def test_every_width_of_16_bits(most, group, programs):
+    """float32 is four planes of bfloat16."""
+    for rows, dtype in itertools.product(WIDTHS[most], (torch.float16, torch.float32)):
+        packed = random_packed(150, 200, E2M1, scale=group[0], group_size=group[1], seed=rows)
+        x = random_x(rows - 5 if dtype == torch.float16 else rows // 4, 200, dtype) / 64
+        tag = ("f16" if dtype == torch.float16 else "bf16") + "_grouped" * bool(group[0])
+        with OnCpu(programs, 200, **HOPPER) as gpu:
+            assert check_float(gpu, packed, x) == f"gemm_sm90_{tag}_{most}" and rows_of_tile(gpu, x) == rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,6 +13,7 @@ import torch
 from cases import random_packed, random_x
 from cuda_on_cpu import CSRC, OnCpu, ptx_of_file
 from ptx import build
+from test_cuda_fp8 import WIDTHS
 
 from llmfp4_kernels import native
 from llmfp4_kernels.backends import cuda, cuda_options
@@ -176,3 +177,6 @@ def test_tensor_cores_and_wide_loads_are_used():
         for opcode in matching(OPCODES, name):
             assert re.search(opcode, sass), f"{name} on {arch} has no {opcode}"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} on {arch} uses local memory"
+        if kernel := re.fullmatch(r"gemm_sm90_(\w+)_(\d+)", name):
+            widths = set(map(int, re.findall(r"GMMA\.64x(\d+)x", sass)))
+            assert widths == set(WIDTHS[int(kernel[2])]) - ({40, 56} if kernel[1] == "int8" else set()), name

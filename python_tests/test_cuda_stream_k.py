@@ -7,11 +7,12 @@ import torch
 from cases import random_packed, random_x, same_bits
 from cuda_on_cpu import OnCpu, all_kernels
 from ptx import missing
+from test_cuda_float import exact_and_bound
 from test_cuda_fp8 import FAST, SM90, packed_of
 from test_cuda_fp8 import check as check_fp8
 from test_cuda_sm90 import HOPPER, check, check_float
 
-from llmfp4_kernels import native
+from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends import cuda
 from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E4M3FN
 
@@ -21,7 +22,7 @@ SHAPES = {  # m, n, k and multiprocessors: tiles taken whole, sharers, shared ti
     "parts at both ends": ((21, 151, 1331, 3), (0, 3, 2)),  # tiles of 21 units, pieces of 14: the second has 7 of each
     "three parts of a tile": ((21, 71, 1331, 3), (0, 3, 1)),
     "whole tiles before": ((19, 300, 1050, 1), (2, 2, 1)),  # pieces of 9 and 8 units
-    "not all blocks share": ((9, 640, 1050, 2), (4, 2, 1)),
+    "not all blocks share": ((29, 640, 1050, 2), (4, 2, 1)),
     "128 rows": ((70, 71, 1650, 2), (0, 2, 1)),
 }
 
@@ -91,6 +92,23 @@ def test_floats_have_one_result(kind, programs):
                 assert launched == f"gemm_sm90_{kind}_32" and planned(gpu, m, x.dtype) == shares
             results.append(gpu.run(cuda.Prepared(packed, None), row, x))
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("rows", [40, 112, 160, 224])
+def test_parts_of_narrowed_tiles(rows, programs):
+    """Less is kept of a tile than its kernel has registers for. Each tile is shared by two blocks."""
+    packed, m = random_packed(71, 330, E2M1, *([] if rows == 40 else [E2M1, True])), rows - 3
+    x, tile = random_x(m, 330, torch.float16) / 64, {40: 1, 112: 2, 160: 3, 224: 3}[rows]
+    with OnCpu(programs, 2, 1, **HOPPER) as gpu:
+        prepared = cuda.Prepared(packed, None)
+        prepared.plans["sm90", m, cuda.DTYPES[x.dtype]] = plan = prepared.plan("sm90", m, x.dtype, 2, (tile, 2))
+        assert plan.tile_size == f"128x{rows}" and plan.parts[2] == 2 * rows * 128 * 4
+        y = gpu.run(prepared, SM90, x)
+    if rows == 40:
+        exact, bound = exact_and_bound(packed, x)
+        assert ((y.double() - exact).abs() <= bound).all()
+    else:
+        assert same_bits(y, reference.gemm(x, packed).to(x.dtype))
 
 
 def ordered():

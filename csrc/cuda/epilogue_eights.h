@@ -24,17 +24,16 @@ __device__ inline void store_eight(void* y, Dtype dtype, size_t at, const float 
     }
 }
 
-// Outputs o .. o + 7 of a token; `sums` is a multiple of 16 bytes.
+// Outputs o .. o + 3 of a token; `sums` is a multiple of 16 bytes.
 template <class Sum>
-__device__ inline void linear_eight(const Output& out, const Sum* sums, int token, int o, float (&v)[8]) {
+__device__ inline void linear_four(const Output& out, const Sum* sums, int token, int o, float* v) {
     union {
-        uint4 vectors[2];
-        Sum sums[8];
+        uint4 vector;
+        Sum sums[4];
     } at;
-    const uint4* from = reinterpret_cast<const uint4*>(sums);
-    at.vectors[0] = from[0], at.vectors[1] = from[1];
+    at.vector = *reinterpret_cast<const uint4*>(sums);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = linear_output(out, &at.sums[j], 0, token, o + j);
+    for (int j = 0; j < 4; ++j) v[j] = linear_output(out, &at.sums[j], 0, token, o + j);
 }
 
 template <bool gated, class Team, class Sum>
@@ -45,12 +44,14 @@ __device__ inline void finish_eights_as(const Output& out, const Tile<Sum>& tile
         if (token >= out.m || o >= out.n) continue;
         const Sum* sums = tile.at + r * tile.row_stride + i % eights * step;
         float v[8];
-        linear_eight(out, sums, token, o, v);
-        if (gated) {
-            float up[8];
-            linear_eight(out, sums + 8, token, o + 8, up);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) v[j] = mul(silu(v[j]), up[j]);
+        for (int half = 0; half < 8; half += 4) {
+            linear_four(out, sums + half, token, o + half, v + half);
+            if (!gated) continue;
+            float up[4];
+            linear_four(out, sums + 8 + half, token, o + 8 + half, up);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) v[half + j] = mul(silu(v[half + j]), up[j]);
         }
         const size_t at = size_t(token) * out.columns() + (gated ? o / 2 : o);
         if (out.residual)

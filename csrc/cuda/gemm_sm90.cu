@@ -62,20 +62,30 @@ GEMM(bf16_grouped, Halves<Bf16>, true)
 
 namespace llmfp4::cuda {
 
-// Of each instance: rows of a tile; how many of its blocks a multiprocessor holds; how many units of 8-bit operands are
-// as many bytes as the sums of a tile.
-constexpr int rows_of_sm90[] = {32, 64, 128, 256}, resident_sm90[] = {2, 2, 1, 1}, part_units_sm90[] = {3, 4, 6, 7};
+// Of each instance: rows of a tile at most; how many of its blocks a multiprocessor holds.
+constexpr int most_rows_sm90[] = {32, 64, 128, 256}, resident_sm90[] = {2, 2, 1, 1};
 
 static int columns_sm90(const Weight& w) { return (w.n + sm90_outs - 1) / sm90_outs; }
 
-// The narrowest tile that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
+// Tiles of an instance along the rows, as few as can be, and their rows, as few as those need.
+struct RowTilesSm90 {
+    int count, rows;
+
+    RowTilesSm90(const Plan& plan, int kernel) {
+        const WidthsSm90 widths = widths_sm90(most_rows_sm90[kernel], plan.exact);
+        count = (plan.rows + widths.most - 1) / widths.most, rows = widths.most;
+        while (rows - widths.step >= widths.least && (rows - widths.step) * count >= plan.rows) rows -= widths.step;
+    }
+};
+
+// The narrowest instance that holds all rows. 256 rows decode half as often as 128 and take twice as long: where that
 // leaves no more multiprocessors without work. By counting, not by measuring.
 static int tile_sm90(const Plan& plan, int columns, int multiprocessors) {
-    auto waves_of = [&](int rows) {
-        const int tiles = (plan.rows + rows - 1) / rows * columns;
-        return (tiles + multiprocessors - 1) / multiprocessors;
+    auto time_of = [&](int kernel) {
+        const RowTilesSm90 tiles(plan, kernel);
+        return (int64_t(tiles.count) * columns + multiprocessors - 1) / multiprocessors * tiles.rows;
     };
-    const bool widest = (plan.exact || plan.fast_sums) && 2 * waves_of(256) <= waves_of(128);
+    const bool widest = (plan.exact || plan.fast_sums) && time_of(3) <= time_of(2);
     return plan.rows <= 32 ? 0 : plan.rows <= 64 ? 1 : widest ? 3 : 2;
 }
 
@@ -97,21 +107,25 @@ static int sharers_sm90(int left, int units, int part_units, int blocks) {
 void plan_gemm_sm90(const Weight& w, int multiprocessors, Plan& plan) {
     const int columns = columns_sm90(w), units = int(UnitLayout{w.n, w.k}.units_k());
     plan.kernel = plan.choose_tile(tile_sm90(plan, columns, multiprocessors), 0, plan.exact || plan.fast_sums ? 3 : 2);
-    const int rows = rows_of_sm90[plan.kernel], row_tiles = (plan.rows + rows - 1) / rows, tiles = row_tiles * columns;
+    const RowTilesSm90 along_rows(plan, plan.kernel);
+    const int rows = along_rows.rows, tiles = along_rows.count * columns;
     plan.tile_outs = sm90_outs, plan.tile_rows = rows;
+    // So many units of 8-bit operands are as many bytes as the sums of a tile.
+    const int sum_bytes = rows * sm90_outs * 4, units_bytes = (sm90_outs / 2 + rows) * unit_k;
+    const int part_units = (sum_bytes + units_bytes - 1) / units_bytes;
     // Several blocks run on a multiprocessor only where there are tiles for them.
     const int blocks = multiprocessors * (tiles > multiprocessors ? resident_sm90[plan.kernel] : 1);
     const int left = tiles % blocks;
     // One split: as counted. Several are forced, and share all tiles.
     plan.splits = plan.choose_splits(1, units, tiles, multiprocessors);
     const bool forced = plan.splits > 1;
-    plan.sharers = forced ? plan.splits * tiles : sharers_sm90(left, units, part_units_sm90[plan.kernel], blocks);
+    plan.sharers = forced ? plan.splits * tiles : sharers_sm90(left, units, part_units, blocks);
     plan.whole = forced ? 0 : plan.sharers ? tiles - left : tiles;
     plan.grid[0] = plan.whole == 0 ? plan.sharers : plan.whole < blocks ? plan.whole : blocks;
     plan.grid[1] = plan.grid[2] = 1;
     plan.counters = tiles - plan.whole;
-    if (plan.sharers) plan.partial_bytes = (plan.sharers + plan.counters - 1) * rows * sm90_outs * 4;
-    plan.direct = false, plan.blocked_rows = row_tiles * rows;
+    if (plan.sharers) plan.partial_bytes = (plan.sharers + plan.counters - 1) * sum_bytes;
+    plan.direct = false, plan.blocked_rows = along_rows.count * rows;
 }
 
 void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {
@@ -121,12 +135,13 @@ void gemm_sm90(const Weight& w, const Activations& a, const Plan& plan, const Ca
     if (a.quantized() && !rows_alone && !(a.fp8() && w.scale_kind == ScaleKind::e8m0))
         throw std::invalid_argument("sm90 multiplies these activations by weights of one scale per row only");
     make_operands(w, a, plan, call);
-    const int row_tiles = plan.blocked_rows / rows_of_sm90[plan.kernel];
+    const int row_tiles = plan.blocked_rows / plan.tile_rows;
     const StreamK share = stream_k(plan, row_tiles * columns_sm90(w), row_tiles, int(UnitLayout{w.n, w.k}.units_k()));
     auto launch = [&](auto type, auto table, auto grouped) {
         using Operand = typename decltype(type)::type;
         const auto& kernel = KernelsSm90<Operand, grouped>::at[plan.kernel];
-        const GemmSm90<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), share};
+        const GemmSm90<Operand> p{product_of<Operand>(w, a, plan, call, table), output_of(w, plan, call), share,
+                                  plan.tile_rows};
         start(kernel.name, kernel.function, plan.grid[0], plan.grid[1], plan.grid[2], sm90_threads, kernel.shared, true,
               call.queue, p);
     };

@@ -15,6 +15,7 @@
 namespace llmfp4::cuda {
 
 struct StreamK {
+    unsigned blocks;        // of the grid
     unsigned units;         // of a tile
     unsigned row_tiles;     // tile t is the t % row_tiles'th along the rows: blocks running together share codes in L2
     unsigned whole, turns;  // tiles taken whole; so many by each block where others are shared
@@ -31,7 +32,7 @@ struct StreamK {
 
 inline StreamK stream_k(const Plan& plan, unsigned tiles, unsigned row_tiles, unsigned units) {
     const unsigned whole = plan.whole, shared = (tiles - whole) * units, sharers = plan.sharers ? plan.sharers : 1;
-    return {units, row_tiles, whole, whole / plan.grid[0], shared, shared / sharers, shared % sharers};
+    return {plan.grid[0], units, row_tiles, whole, whole / plan.grid[0], shared, shared / sharers, shared % sharers};
 }
 
 // The units of one tile that a block takes one after the other: `count` from `begin` on.
@@ -43,7 +44,7 @@ struct Range {
 
     // That which holds the i-th unit of this block; count is 0 where the block has less.
     __device__ Range(const StreamK& share, unsigned i) : begin(0), count(share.units) {
-        tile = blockIdx.x + i / share.units * gridDim.x;
+        tile = blockIdx.x + i / share.units * share.blocks;
         if (tile < share.whole) return;
         const unsigned first = share.begin_of(blockIdx.x), end = share.begin_of(blockIdx.x + 1);
         const unsigned at = first + i - share.turns * share.units, start = at - at % share.units;

@@ -39,7 +39,7 @@ __device__ inline void multiply(const uint32_t* from, uint32_t* to) {
     for (int i = 0; i < d_words; ++i) set_bits(d[i / 4][i % 4], in[(4 + b_words + i) * threads + threadIdx.x]);
     wait_for_phase(&full, 0);
     products_begin();
-    multiply_add(Type{}, d, a, blocks_at(b, 256));
+    multiply_add(Type{}, Columns<n>{}, d, a, blocks_at(b, 256));
     products_commit();
     wait_for_products();
 #pragma unroll
@@ -77,13 +77,14 @@ __device__ inline void copy_twice(const uint32_t* from, uint32_t* to) {
     extern "C" __global__ void __launch_bounds__(threads) form_##name(const uint32_t* from, uint32_t* to) { body; }
 
 FORM(wgmma_s8_32, (multiply<S8, int32_t, 32>(from, to)))
+FORM(wgmma_s8_48, (multiply<S8, int32_t, 48>(from, to)))
 FORM(wgmma_s8_256, (multiply<S8, int32_t, 256>(from, to)))
 FORM(wgmma_e4m3_32, (multiply<E4M3, float, 32>(from, to)))
-FORM(wgmma_e4m3_128, (multiply<E4M3, float, 128>(from, to)))
-FORM(wgmma_f16_32, (multiply<F16, float, 32>(from, to)))
+FORM(wgmma_e4m3_112, (multiply<E4M3, float, 112>(from, to)))
+FORM(wgmma_f16_16, (multiply<F16, float, 16>(from, to)))
 FORM(wgmma_f16_128, (multiply<F16, float, 128>(from, to)))
-FORM(wgmma_bf16_32, (multiply<Bf16, float, 32>(from, to)))
-FORM(wgmma_bf16_128, (multiply<Bf16, float, 128>(from, to)))
+FORM(wgmma_bf16_80, (multiply<Bf16, float, 80>(from, to)))
+FORM(wgmma_bf16_224, (multiply<Bf16, float, 224>(from, to)))
 FORM(bulk_copies, copy_twice(from, to))
 
 // Runs form_`name` on the GPU with the caller's tensors; a CUDA error code, or -1 for an unknown name.
@@ -92,11 +93,11 @@ extern "C" __attribute__((visibility("default"))) int run_form(const char* name,
     const struct {
         const char* name;
         void (*kernel)(const uint32_t*, uint32_t*);
-    } forms[] = {{"wgmma_s8_32", form_wgmma_s8_32},     {"wgmma_s8_256", form_wgmma_s8_256},
-                 {"wgmma_e4m3_32", form_wgmma_e4m3_32}, {"wgmma_e4m3_128", form_wgmma_e4m3_128},
-                 {"wgmma_f16_32", form_wgmma_f16_32},   {"wgmma_f16_128", form_wgmma_f16_128},
-                 {"wgmma_bf16_32", form_wgmma_bf16_32}, {"wgmma_bf16_128", form_wgmma_bf16_128},
-                 {"bulk_copies", form_bulk_copies}};
+    } forms[] = {{"wgmma_s8_32", form_wgmma_s8_32},       {"wgmma_s8_48", form_wgmma_s8_48},
+                 {"wgmma_s8_256", form_wgmma_s8_256},     {"wgmma_e4m3_32", form_wgmma_e4m3_32},
+                 {"wgmma_e4m3_112", form_wgmma_e4m3_112}, {"wgmma_f16_16", form_wgmma_f16_16},
+                 {"wgmma_f16_128", form_wgmma_f16_128},   {"wgmma_bf16_80", form_wgmma_bf16_80},
+                 {"wgmma_bf16_224", form_wgmma_bf16_224}, {"bulk_copies", form_bulk_copies}};
     for (const auto& form : forms)
         if (!std::strcmp(form.name, name)) {
             form.kernel<<<blocks, threads>>>(in, out);
