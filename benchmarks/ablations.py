@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import arguments
 import machine
 import subjects
 import torch
@@ -168,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--perplexity", action="store_true", help="search the whole model for some variants (hours)")
     parser.add_argument("--build", type=Path, default=subjects.BUILD, help="downloads")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/ablations.json; --quick: in build/quick")
+    parser.add_argument(
+        "--out", type=arguments.whole_file, help="default: benchmarks/results/ablations.json; --quick: in build/quick"
+    )
     parser.add_argument("--quick", action="store_true", help="few tokens: a check that everything runs, no measurement")
     args = parser.parse_args(argv)
     try:

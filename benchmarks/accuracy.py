@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import arguments
 import machine
 import subjects
 import tables
@@ -128,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=default_recipes(), metavar="RECIPE")
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--build", type=Path, default=subjects.BUILD, help="downloads and quantized models")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json; --quick: in build/quick")
+    parser.add_argument(
+        "--out", type=arguments.whole_file, help="default: benchmarks/results/accuracy.json; --quick: in build/quick"
+    )
     parser.add_argument("--quick", action="store_true", help="few tokens: a check that everything runs, no measurement")
     args = parser.parse_args(argv)
     try:

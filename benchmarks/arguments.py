@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ours import DTYPES
@@ -29,11 +32,16 @@ def seconds(text: str) -> float:
 
 
 def shape(text: str) -> tuple[int, int]:
-    """NxK."""
+    """NxK, of which this machine's memory holds fp32 weights twice."""
     n, separator, k = text.partition("x")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape NxK, as 4096x11008 is")
-    return count(n), count(k)
+    n, k = count(n), count(k)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 8 * n * k > memory:
+        have = f"this machine has {memory >> 30} GiB"
+        raise argparse.ArgumentTypeError(f"{text!r} in fp32 is {4 * n * k >> 30} GiB, twice; {have}")
+    return n, k
 
 
 def recipe(text: str) -> str:
@@ -59,12 +67,24 @@ def kernel(text: str) -> str:
     return text
 
 
-def result_file(text: str) -> Path:
-    """A file that lines can be appended to; its folder is made."""
+def _writable(text: str, write: Callable[[Path], object]) -> Path:
+    """A file in a folder, which is made, as far as `write` succeeds."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is no file")
+        write(path)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
     return path
+
+
+def result_file(text: str) -> Path:
+    """A file that lines can be appended to; its folder is made."""
+    return _writable(text, lambda path: path.open("a").close())
+
+
+def whole_file(text: str) -> Path:
+    """A file that packed.write_beside can put in its place; its folder is made."""
+    return _writable(text, lambda path: tempfile.TemporaryFile(dir=path.parent).close())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arguments
 import machine
 import numpy
 import shared_cases  # noqa: F401 (puts python_tests on the path)
@@ -62,10 +63,10 @@ def on_gpu(forms: ctypes.CDLL):
     return run
 
 
-def main(arguments=None) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=VECTORS, help="file to write (.npz)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=arguments.whole_file, default=VECTORS, help="file to write (.npz)")
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("golden.py runs instructions on a GPU: there is none that torch can use")
     if nvcc() is None:

@@ -52,7 +52,9 @@ def llama_cpp(kind: str, k: int) -> Contender:
     return Contender(f"llama.cpp {kind} (1 thread)", [lambda weight: ggml.quantize(weight, kind)], check)
 
 
-def torch_int4() -> Contender:
+def torch_int4(k: int) -> Contender:
+    if k % GROUP:
+        raise BadInput(f"groups of {GROUP} do not divide k = {k}")
     check = Near("torch int4", lambda parts: dequantize_int4(*parts, GROUP))
     return Contender(f"torch int4 g{GROUP}", [lambda weight: quantize_int4(weight, GROUP)], check)
 
@@ -70,6 +72,26 @@ def line(row: dict) -> str:
     return f"{row['name']:28} {shape} {row['mega_weights']:8.2f} M weights/s, error {row['error']:.4f}"
 
 
+def measure(n: int, k: int, options, record: Callable[[dict], None]) -> None:
+    """All thread counts of one shape."""
+    makers = {recipe: functools.partial(ours, recipe, k, options.tokens) for recipe in options.recipes}
+    makers |= {f"llama.cpp {kind}": functools.partial(llama_cpp, kind, k) for kind in ggml.TYPES}
+    makers |= {f"bitsandbytes {kind}": functools.partial(bitsandbytes, kind) for kind in ("fp4", "nf4")}
+    makers["torch int4"] = functools.partial(torch_int4, k)
+    entered = []
+    for name, make in makers.items():
+        try:
+            entered.append(make())
+        except (ImportError, NoKernel, BadInput) as error:
+            print(f"{name} is left out: {error}")
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) / k**0.5
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for row, contender in zip(compare(entered, weight, rounds=options.rounds, budget=0.0), entered):
+            row |= {"n": n, "k": k, "threads": threads, "tokens": options.tokens, "error": contender.check.error}
+            record(row | {"mega_weights": n * k / row["seconds"] / 1e6})
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=[(1024, 1024)], metavar="NxK")
@@ -80,22 +102,12 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=arguments.result_file, help="JSON lines to append to")
     options = parser.parse_args(argv)
     record = recorder(options.out, line)
-    for n, k in options.shapes:
-        makers = {recipe: functools.partial(ours, recipe, k, options.tokens) for recipe in options.recipes}
-        makers |= {f"llama.cpp {kind}": functools.partial(llama_cpp, kind, k) for kind in ggml.TYPES}
-        makers |= {"torch": torch_int4} | {kind: functools.partial(bitsandbytes, kind) for kind in ("fp4", "nf4")}
-        entered = []
-        for name, make in makers.items():
-            try:
-                entered.append(make())
-            except (ImportError, NoKernel, BadInput) as error:
-                print(f"{name} is left out: {error}")
-        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) / k**0.5
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            for row, contender in zip(compare(entered, weight, rounds=options.rounds, budget=0.0), entered):
-                row |= {"n": n, "k": k, "threads": threads, "tokens": options.tokens, "error": contender.check.error}
-                record(row | {"mega_weights": n * k / row["seconds"] / 1e6})
+    try:
+        for n, k in options.shapes:
+            measure(n, k, options, record)
+    except NoKernel as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import arguments
 import corpus
 import machine
 import subjects
@@ -100,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--limit", type=int, default=300, help="documents per task, drawn by a fixed seed")
     parser.add_argument("--build", type=Path, default=subjects.BUILD, help="downloads and quantized models")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results" / "zero_shot.json")
+    parser.add_argument(
+        "--out", type=arguments.whole_file, default=machine.ROOT / "benchmarks" / "results" / "zero_shot.json"
+    )
     args = parser.parse_args(argv)
     try:
         recipes = [recipe_named(name).name for name in args.recipes]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfp4_kernels.errors import NoKernel
+from llmfp4_kernels.errors import BadInput, NoKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-bench, figures, ggml, gemm, markdown, plot, quantize, roofline, tables_speed = map(
+arguments, bench, figures, ggml, gemm, markdown, plot, quantize, roofline, tables_speed = map(
     importlib.import_module,
-    ("bench", "figures", "ggml", "gemm", "markdown", "plot", "quantize", "roofline", "tables_speed"),
+    ("arguments", "bench", "figures", "ggml", "gemm", "markdown", "plot", "quantize", "roofline", "tables_speed"),
 )
 
 
@@ -147,10 +147,30 @@ def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):
     ("--shapes", "12x0", "'0' is no whole number"),
     ("--schemes", "llm-fp4:bf17", "ends in none of :fp32, :bf16, :fp16"),
     ("--schemes", "fp4", "unknown recipe 'fp4'"),
+    ("--shapes", "1000000x1000000", "'1000000x1000000' in fp32 is 3725 GiB, twice; this machine has"),
     ("--out", "/proc/none/gemm.jsonl", "cannot be written"),
+    ("--out", "/dev/full", "cannot be written: it is no file"),
     ("--kernels", "nosuch", "'nosuch' names no kernel: known are cpu.amx"),
 ])  # fmt: skip
 def test_a_wrong_option_is_a_sentence(option, wrong, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
         gemm.main([option, wrong])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["ablations", "accuracy", "zero_shot"])
+@pytest.mark.parametrize("path", ["/proc/none.json", "/dev/full", "/proc"])
+def test_a_file_that_cannot_be_put_in_its_place_is_known_before_any_work(script, path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main(["--out", path])
+    assert ended.value.code == 2 and f"{path!r} cannot be written" in capsys.readouterr().err
+
+
+def test_a_file_that_is_replaced_is_not_touched_before(tmp_path):
+    assert arguments.whole_file(str(tmp_path / "new" / "a.json")).parent.is_dir()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_int4_is_left_out_where_its_groups_do_not_divide_k():
+    with pytest.raises(BadInput, match="groups of 64 do not divide k = 32"):
+        quantize.torch_int4(32)
