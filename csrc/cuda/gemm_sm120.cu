@@ -31,13 +31,11 @@ Plan plan_gemm_sm120(const BlockScaled& b, int m, int multiprocessors) {
     plan.grid[0] = (m + tile_rows - 1) / tile_rows, plan.grid[1] = (b.weight.n + tile_outs - 1) / tile_outs;
     const int64_t blocks = int64_t(plan.grid[0]) * plan.grid[1], few = multiprocessors / blocks;
     const int most = b.padded_k / step_k / least_steps;
-    plan.splits = most < few ? most : int(few);
-    if (plan.splits < 1) plan.splits = 1;
+    const int splits = most < few ? most : int(few);
+    plan.share_sums(splits < 1 ? 1 : splits, int(blocks), b.weight.n);
     plan.grid[2] = plan.splits;
-    plan.counters = plan.splits > 1 ? blocks : 0;
     plan.x_bytes = round_up(b.codes_bytes(m) + size_t(m) * b.padded_k / b.block(), 256);
     plan.scale_bytes = round_up(size_t(m) * sizeof(float), 256);
-    plan.partial_bytes = plan.splits > 1 ? size_t(plan.splits) * m * b.weight.n * 4 : 0;
     return plan;
 }
 

@@ -65,9 +65,8 @@ void plan_gemm_sm80(const Weight& w, int multiprocessors, Plan& plan) {
     plan.grid[0] = (plan.rows + rows - 1) / rows, plan.grid[1] = (w.n + outs - 1) / outs;
     const int blocks = int(plan.grid[0] * plan.grid[1]), units = int(UnitLayout{w.n, w.k}.units_k());
     const int most = units / least_units, few = multiprocessors / blocks;
-    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
+    plan.share_sums(plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors), blocks, w.n);
     plan.grid[2] = plan.splits;
-    plan.counters = plan.splits > 1 ? blocks : 0;
 }
 
 void gemm_sm80(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {

@@ -55,9 +55,8 @@ void plan_gemv(const Weight& w, int multiprocessors, Plan& plan) {
     const int blocks = (strips + plan.warps_n - 1) / plan.warps_n;
     const int most = units / (gemv_warps / plan.warps_n * gemv_depth);
     const int few = (2 * multiprocessors + blocks - 1) / blocks;
-    plan.splits = plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors);
+    plan.share_sums(plan.choose_splits(most < few ? most : few, units, blocks, multiprocessors), blocks, w.n);
     plan.grid[0] = blocks, plan.grid[1] = plan.splits, plan.grid[2] = 1;
-    plan.counters = plan.splits > 1 ? blocks : 0;
 }
 
 void gemv(const Weight& w, const Activations& a, const Plan& plan, const Call& call) {

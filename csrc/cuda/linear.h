@@ -106,6 +106,12 @@ struct Plan {
                                         std::to_string(blocks) + " tiles");
         return wanted;
     }
+    // So many blocks of each of `blocks` tiles keep their sums of its part of rows x n, which the last one adds.
+    void share_sums(int by, int blocks, int n) {
+        splits = by;
+        counters = by > 1 ? blocks : 0;
+        partial_bytes = by > 1 ? size_t(by) * rows * n * 4 : 0;
+    }
 };
 
 struct Call {
@@ -171,7 +177,6 @@ struct Family {
         const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
         plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);
         plan.scale_bytes = a.quantized() ? round_up(size_t(m) * sizeof(float), 256) : 0;
-        if (plan.splits > 1 && !plan.sharers) plan.partial_bytes = size_t(plan.splits) * plan.rows * w.n * 4;
         return plan;
     }
 };

@@ -22,7 +22,7 @@ template <class Operand>
 Product<Operand> product_of(const Weight& w, const Activations& a, const Plan& plan, const Call& call,
                             typename Operand::Table table) {
     const UnitLayout at{w.n, w.k};
-    const int k_bytes = int(plan.direct ? w.k : at.padded_k()) * Operand::x_bytes / unit_k;
+    const int k_bytes = int((plan.direct ? w.k : at.padded_k()) * Operand::x_bytes / unit_k);
     return {static_cast<const uint4*>(w.codes),
             plan.direct ? static_cast<const char*>(call.x) : call.workspace,
             size_t(k_bytes),
