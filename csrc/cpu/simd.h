@@ -60,6 +60,29 @@ constexpr int16_t e4m3_as_half = int16_t(0xbf80);
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA
 
+#if !defined(__AVX512VNNI__) || !defined(__AVX512BW__)
+namespace llmfp4::cpu::LLMFP4_ISA {
+
+// What AVX-512 has words of its own for. rows [16][16] → out [16].
+template <class Op>
+inline void reduce_rows(const float* __restrict rows, float* __restrict out, Op&& op) {
+    for (int r = 0; r < 16; ++r) {
+        float so_far = rows[16 * r];
+        for (int i = 1; i < 16; ++i) so_far = op(so_far, rows[16 * r + i]);
+        out[r] = so_far;
+    }
+}
+inline void max_of_rows(const float* rows, float* out) {
+    reduce_rows(rows, out, [](float a, float b) { return a > b ? a : b; });
+}
+inline void sum_of_rows(const float* rows, float* out) {
+    reduce_rows(rows, out, [](float a, float b) { return a + b; });
+}
+
+}  // namespace llmfp4::cpu::LLMFP4_ISA
+
+#endif
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
