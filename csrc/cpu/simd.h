@@ -95,10 +95,13 @@ inline void sum_of_rows(const float* rows, float* out) {
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
-// The tile at p, and a prefetch of the one 32 tiles later. One core, m = 1, share of the read bandwidth with 16 / 32 /
-// 64 / 128 tiles: W4A16 .70 .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83.
+// The tile at p, and prefetches: of the one 32 tiles later, and of that 64 later to the second-level cache, which keeps
+// more lines on their way than the first. One core, m = 1, share of the read bandwidth with the first alone, 16 / 32 /
+// 64 / 128 tiles later: W4A16 .70 .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83. The second makes
+// W4A4 1.06 times as fast; 96 and 160 tiles later 1.05 and 1.04.
 inline Tile stream_tile(const uint8_t* p) {
     __builtin_prefetch(p + 32 * tile_bytes, 0, 3);
+    __builtin_prefetch(p + 64 * tile_bytes, 0, 2);
     return load_tile(p);
 }
 

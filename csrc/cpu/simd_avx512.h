@@ -6,7 +6,7 @@ namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr bool signed_bytes = false;
 constexpr int panel_rows = 6, panel_tiles = 4, float_rows = 6, float_tiles = 4, grouped_rows = 3;
-constexpr int float_fused_tiles = 2, few_float_rows = 8, most_chained = 8;
+constexpr int float_fused_tiles = 2, grouped_fused_tiles = 4, few_float_rows = 8, most_chained = 8;
 using Tile = __m512i;
 using Bytes = __m512i;
 using I32 = __m512i;
