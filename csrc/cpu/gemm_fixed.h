@@ -32,31 +32,43 @@ struct FixedRows {
     const int8_t* row(int r) const { return at + size_t(r) * digits * ld; }
 };
 
-// One stretch of x [count] → digits; returns whether an input is not held whole.
-inline bool digits_of_stretch(const float* __restrict x, int count, float to_digit, int8_t* __restrict out, size_t ld) {
+// One stretch of x [width, or count] → digits and their sums; returns whether an input is not held whole. With 128
+// added to each digit, a number is its own digits.
+template <int width>
+inline bool digits_of_stretch(const float* __restrict x, int count, float to_fixed, int8_t* __restrict out, size_t ld,
+                              int32_t* __restrict sums) {
+    constexpr int32_t offsets = 0x00808080;
+    const int size = width ? width : count;
+    int32_t packed[longest_stretch], sum[digits] = {};
     uint32_t rest = 0;
-    for (int i = 0; i < count; ++i) {
-        float left = x[i] * to_digit;
-        rest |= uint32_t((left == 0.0f) != (x[i] == 0.0f));  // what is far below the largest may underflow
-        for (int p = 0; p < digits; ++p) {
-            // Up from .498: what is left of a digit is the next one's -128 .. 127. Where it is not, for it is close to
-            // that border or 128 comes first, something stays left in the end.
-            const float up = __builtin_floorf(left + (0.5f + 1.0f / 510)), digit = up < 127.0f ? up : 127.0f;
-            out[p * ld + i] = int8_t(int32_t(digit));
-            left = (left - digit) * float(1 << digit_bits);
-        }
-        rest |= uint32_t(left != 0.0f);
+    for (int i = 0; i < size; ++i) {
+        const float fixed = x[i] * to_fixed;
+        const int32_t whole = int32_t(fixed), above = whole + offsets;
+        // What is far below the largest may underflow; 128 may come first.
+        rest |= uint32_t(float(whole) != fixed) | uint32_t((fixed == 0.0f) != (x[i] == 0.0f)) | uint32_t(above) >> 24;
+        packed[i] = above ^ offsets;
+        sum[0] += int8_t(packed[i] >> 16);
+        sum[1] += int8_t(packed[i] >> 8);
+        sum[2] += int8_t(packed[i]);
+    }
+    for (int p = 0; p < digits; ++p) {
+        for (int i = 0; i < size; ++i) out[p * ld + i] = int8_t(packed[i] >> (16 - 8 * p));
+        sums[p] = sum[p];
     }
     return rest;
 }
 
 // Takes what digits do not hold whole out of a stretch. Returns false if there is no room for it.
-inline bool set_apart(const FixedRows& x, int r, int first, int count, float to_digit, int8_t* out) {
+inline bool set_apart(const FixedRows& x, int r, int first, int count, float to_fixed, int8_t* out, int32_t* sums) {
     const float* values = x.floats + r * x.padded_k;
     for (int i = first; i < first + count; ++i) {
         int8_t one[digits];
-        if (!digits_of_stretch(values + i, 1, to_digit, one, 1)) continue;
-        for (int p = 0; p < digits; ++p) out[p * x.ld + i] = 0;
+        int32_t sums_of_one[digits];
+        if (!digits_of_stretch<1>(values + i, 1, to_fixed, one, 1, sums_of_one)) continue;
+        for (int p = 0; p < digits; ++p) {
+            out[p * x.ld + i] = 0;
+            sums[p] -= one[p];
+        }
         if (x.lone_count[r] == FixedRows::most_lone(x.padded_k)) return false;
         x.lone[r * FixedRows::most_lone(x.padded_k) + x.lone_count[r]++] = i;
     }
@@ -64,32 +76,38 @@ inline bool set_apart(const FixedRows& x, int r, int first, int count, float to_
 }
 
 // Row r of x.floats → digits, starts, units. Returns false if it must multiply as floats.
+template <int width>
 inline bool fix_row(const FixedRows& x, int r, int offset, float weight_unit) {
     const float* values = x.floats + r * x.padded_k;
     int8_t* out = x.at + size_t(r) * digits * x.ld;
     x.lone_count[r] = 0;
     for (int s = 0; s < x.stretches; ++s) {
-        const int first = s * x.stretch, left = int(x.padded_k) - first, count = left < x.stretch ? left : x.stretch;
+        const int first = s * x.stretch, left = int(x.padded_k) - first;
+        const int count = width ? width : left < x.stretch ? left : x.stretch;
         uint32_t top = 0;
         for (int i = first; i < first + count; ++i) {
-            const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
+            const uint32_t magnitude = magnitude_of(values[i]);
             top = magnitude > top ? magnitude : top;
         }
         const int exponent = int(top >> 23) - 127;
         if (exponent == 128 || (top && exponent < least_exponent)) return false;
-        const float to_digit = top ? float_from_bits(uint32_t(127 + 6 - exponent) << 23) : 0.0f;
-        if (digits_of_stretch(values + first, count, to_digit, out + first, x.ld) &&
-            !set_apart(x, r, first, count, to_digit, out))
+        const float to_fixed = top ? float_from_bits(uint32_t(127 + 22 - exponent) << 23) : 0.0f;
+        int32_t sums[digits];
+        if (digits_of_stretch<width>(values + first, count, to_fixed, out + first, x.ld, sums) &&
+            !set_apart(x, r, first, count, to_fixed, out, sums))
             return false;
-        for (int p = 0; p < digits; ++p) {
-            int32_t sum = 0;
-            for (int i = first; i < first + count; ++i) sum += out[p * x.ld + i];
-            x.starts[(size_t(r) * digits + p) * x.stretches + s] = -offset * sum;
-        }
+        for (int p = 0; p < digits; ++p) x.starts[(size_t(r) * digits + p) * x.stretches + s] = -offset * sums[p];
         x.unit[size_t(r) * x.stretches + s] =
             top ? float_from_bits(uint32_t(127 - 6 - digit_bits + exponent) << 23) * weight_unit : 0.0f;
     }
     return true;
+}
+
+inline bool fix_row(const FixedRows& x, int r, int offset, float weight_unit) {
+    if (x.stretch == 64) return fix_row<64>(x, r, offset, weight_unit);
+    if (x.stretch == 32) return fix_row<32>(x, r, offset, weight_unit);
+    if (x.stretch == 16) return fix_row<16>(x, r, offset, weight_unit);
+    return fix_row<0>(x, r, offset, weight_unit);
 }
 
 inline FixedRows fix_rows(const Weights& w, const float* x_factor, const Call& call, int offset) {
