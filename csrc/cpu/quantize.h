@@ -151,24 +151,26 @@ inline int32_t quantize_groups_of_16(const float* __restrict v, int count, float
     constexpr int size = 16, block = groups_at_once * size;
     alignas(64) int32_t totals[size] = {}, integers[block];
     for (int begin = 0; begin < count; begin += block, v += block, out += block) {
+        const int groups = count - begin < block ? (count - begin) / size : groups_at_once;
         alignas(64) float values[block], with[2][block], sums[groups_at_once];
         for (int i = 0; i < block; ++i) values[i] = v[i] * scale;
         for (int i = 0; i < block; ++i) with[0][i] = float_from_bits(magnitude_of(values[i]));
         max_of_rows(with[0], sums);
         const Factors factors(sums, round.top, most);
-        for (int g = 0; g < groups_at_once; ++g)
+        for (int g = 0; g < groups; ++g)
 #pragma GCC unroll 1
             for (int i = g * size; i < (g + 1) * size; ++i)
                 values[i] = excess_of(values[i], round, factors, g, with[0][i], with[1][i]);
         sum_of_rows(values, sums);
-        for (int g = 0; g < groups_at_once; ++g) {
+        for (int i = groups * size; i < block; ++i) integers[i] = 0;
+        for (int g = 0; g < groups; ++g) {
             const float* __restrict best = with[sums[g] > 0] + g * size;
 #pragma GCC unroll 1
             for (int i = 0; i < size; ++i) integers[g * size + i] = int32_t(best[i]);
         }
         for (int i = 0; i < size; ++i)
             for (int g = 0; g < groups_at_once; ++g) totals[i] += integers[g * size + i];
-        if (count - begin >= block)
+        if (groups == groups_at_once)
             for (int i = 0; i < block; ++i) out[i] = int8_t(integers[i]);
         else
             for (int i = 0; i < count - begin; ++i) out[i] = int8_t(integers[i]);
