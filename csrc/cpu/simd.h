@@ -67,9 +67,10 @@ namespace llmfp4::cpu::LLMFP4_ISA {
 template <class Op>
 inline void reduce_rows(const float* __restrict rows, float* __restrict out, Op&& op) {
     for (int r = 0; r < 16; ++r) {
-        float so_far = rows[16 * r];
-        for (int i = 1; i < 16; ++i) so_far = op(so_far, rows[16 * r + i]);
-        out[r] = so_far;
+        float half[8];  // in vectors, which an order from left to right would not be
+        for (int i = 0; i < 8; ++i) half[i] = op(rows[16 * r + i], rows[16 * r + i + 8]);
+        for (int i = 0; i < 4; ++i) half[i] = op(half[i], half[i + 4]);
+        out[r] = op(op(half[0], half[2]), op(half[1], half[3]));
     }
 }
 inline void max_of_rows(const float* rows, float* out) {
