@@ -13,21 +13,27 @@ namespace llmfp4::cpu::amx {
 class TileSession {
 public:
     TileSession() {
-        _tile_storeconfig(before_);
-        alignas(64) uint8_t config[64] = {};
-        config[0] = 1;  // palette
+        __asm__ volatile("sttilecfg %0" : "=m"(before_));
+        Config config{};
+        config.bytes[0] = 1;  // palette
         for (int tile = 0; tile < 8; ++tile) {
-            config[16 + 2 * tile] = 64;  // bytes a row
-            config[48 + tile] = 16;      // rows
+            config.bytes[16 + 2 * tile] = 64;  // bytes a row
+            config.bytes[48 + tile] = 16;      // rows
         }
-        _tile_loadconfig(config);
+        load(config);
     }
-    ~TileSession() { _tile_loadconfig(before_); }
+    ~TileSession() { load(before_); }
     TileSession(const TileSession&) = delete;
     TileSession& operator=(const TileSession&) = delete;
 
 private:
-    alignas(64) uint8_t before_[64];
+    struct Config {
+        uint8_t bytes[64];
+    };
+    // gcc 12's intrinsics name 8 bytes as their operand: stores to the other 56 may be left out.
+    static void load(const Config& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
+    Config before_;
 };
 
 // gcc's tile intrinsics paste their argument into the assembly text and refuse a template parameter; `%c` takes one.

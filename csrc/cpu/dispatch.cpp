@@ -51,7 +51,7 @@ const Kernels table[] = {
     {"neon", "asimddp", has_dot_product, 1, 1, w4a4_neon, w4a8_grouped_neon, w4a16_neon, peak_neon},
 #endif
 #if LLMFP4_X86
-    {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 16, 16, w4a4_amx, w4a8_grouped_amx, w4a16_amx, peak_amx},
+    {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 9, 5, w4a4_amx, w4a8_grouped_amx, w4a16_amx, peak_amx},
     {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1, w4a4_avx512vnni,
      w4a8_grouped_avx512vnni, w4a16_avx512vnni, peak_avx512vnni},
     {"avx2", "avx2 fma", has_avx2, 1, 1, w4a4_avx2, w4a8_grouped_avx2, w4a16_avx2, peak_avx2},

@@ -2,7 +2,7 @@
 //
 // W4A16 multiplies in bf16 without rounding anything: every element times group scale is exact in bf16 (≤ 6 significant
 // bits), and activations are sums of bf16 parts (parts.h), each multiplied with the same decoded weights.
-#include "amx.h"
+#include "amx_product.h"
 #include "gemm_grouped.h"
 #include "kernels.h"
 #include "parts.h"
@@ -11,113 +11,67 @@
 namespace llmfp4::cpu {
 namespace amx {
 
-constexpr int step_bytes = 64;  // of k in one tile row
-constexpr int panel_steps =
-    16;  // 64 outputs x 1 KiB of k: 64 KiB decoded, second-level cache; sums leave the tiles rarely
-constexpr int amx_panel_tiles = 4;
-constexpr size_t block_bytes = 3 << 19;  // of activations that stay in the second-level cache while all weights pass
-constexpr size_t sums_ld = amx_panel_tiles * tile_n;
-
-// A decoded panel is [tile][step][16 rows][64]: one B tile after the other.
-constexpr size_t b_tile_bytes = 16 * step_bytes, panel_stride = panel_steps * b_tile_bytes;
-
-// MT x NT tiles of sums over `steps` steps of k and `parts` left sides that share the right side.
-template <class Op, int MT, int NT>
-inline void multiply_block(const char* a, size_t lda, size_t part_stride, int parts, const uint8_t* panel, int steps,
-                           void* sums, bool first) {
-    constexpr size_t stride = sums_ld * 4;
-    char* c = static_cast<char*>(sums);
-    if (!first) {
-        load_sum<0, 0>(c, stride);
-        if constexpr (NT > 1) load_sum<0, 1>(c + 64, stride);
-        if constexpr (MT > 1) load_sum<1, 0>(c + 16 * stride, stride);
-        if constexpr (MT > 1 && NT > 1) load_sum<1, 1>(c + 16 * stride + 64, stride);
-    } else {
-        zero_sum<0, 0>();
-        zero_sum<0, 1>();
-        zero_sum<1, 0>();
-        zero_sum<1, 1>();
-    }
-    for (int s = 0; s < steps; ++s) {
-        load_b<0>(panel + s * b_tile_bytes);
-        if constexpr (NT > 1) load_b<1>(panel + panel_stride + s * b_tile_bytes);
-        for (int p = 0; p < parts; ++p) {
-            const char* rows = a + p * part_stride + s * step_bytes;
-            load_a<0>(rows, lda);
-            Op::template multiply<0, 0>();
-            if constexpr (NT > 1) Op::template multiply<0, 1>();
-            if constexpr (MT > 1) {
-                load_a<1>(rows + 16 * lda, lda);
-                Op::template multiply<1, 0>();
-                if constexpr (NT > 1) Op::template multiply<1, 1>();
-            }
-        }
-    }
-    store_sum<0, 0>(c, stride);
-    if constexpr (NT > 1) store_sum<0, 1>(c + 64, stride);
-    if constexpr (MT > 1) store_sum<1, 0>(c + 16 * stride, stride);
-    if constexpr (MT > 1 && NT > 1) store_sum<1, 1>(c + 16 * stride + 64, stride);
+// Integer operands in A-tile order, a plane for each part.
+inline TileRows integer_tiles(const Weights& w, const Activation& a, const Call& call, IntegerRows& numbers) {
+    const size_t padded_k = w.at.padded_k(), part = TileRows::bytes(call.m, padded_k);
+    numbers = integer_rows(a, call, planes_of(a) * part);
+    const TileRows x{reinterpret_cast<char*>(numbers.at), int(padded_k) / step_bytes, numbers.planes, part};
+    const auto scratch = [&] { return static_cast<int8_t*>(workspace(slot_accumulators, 2 * padded_k)); };
+    quantize_rows(
+        w, a, call, numbers, [&](int) { return std::make_pair(scratch(), scratch() + padded_k); },
+        [&](int m) {
+            for (int p = 0; p < x.parts; ++p) x.place(p, m, scratch() + p * padded_k);
+        });
+    return x;
 }
 
-// All of a block of rows times one decoded panel. Row counts round up to 16: buffers are padded, the surplus is never
-// read.
-template <class Op>
-inline void multiply_panel(const char* a, size_t lda, size_t part_stride, int parts, int rows, const uint8_t* panel,
-                           int tiles, int steps, char* sums, bool first) {
-    for (int r = 0; r < rows;)
-        r += 16 * with_block<2>((rows - r + 15) / 16, [&](auto mt) {
-                 for (int t = 0; t < tiles;)
-                     t += with_block<2>(tiles - t, [&](auto nt) {
-                         multiply_block<Op, mt, nt>(a + r * lda, lda, part_stride, parts, panel + t * panel_stride,
-                                                    steps, sums + (r * sums_ld + t * tile_n) * 4, first);
-                     });
-             });
-}
-
-inline int rows_of_block(size_t row_bytes) {
-    const int rows = int(block_bytes / row_bytes / 32) * 32;
-    return rows < 64 ? 64 : rows > 256 ? 256 : rows;
-}
-
-template <class F>
-inline void for_blocks(const Weights& w, const Call& call, size_t row_bytes, F&& task) {
-    for_panels<TileSession>(useful_threads(w, call), call.m, rows_of_block(row_bytes), int(w.at.tiles_n()),
-                            amx_panel_tiles, task);
-}
-
-inline void integer_task(const Weights& w, const Call& call, const IntegerRows& x, const IntegerTable& table, int m0,
-                         int m, int tile, int tiles) {
-    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
-    const size_t plane = (size_t(m) + 15) / 16 * 16 * sums_ld;
-    auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, x.planes * plane * sizeof(int32_t)));
-    const int total = int(w.at.padded_k()) / step_bytes;
-    for (int s = 0; s < total; s += panel_steps) {
-        const int steps = total - s < panel_steps ? total - s : panel_steps;
-        decode_panel(w, table, tile, tiles, s * step_bytes / tile_k, steps * 16, panel, panel_stride);
-        for (int p = 0; p < x.planes; ++p)
-            multiply_panel<SignedByUnsigned>(reinterpret_cast<const char*>(x.row(p * x.m + m0)) + s * step_bytes, x.ld,
-                                             0, 1, m, panel, tiles, steps, reinterpret_cast<char*>(sums + p * plane),
-                                             s == 0);
-    }
-    finish_rows(w, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld, plane, table.offset);
-}
-
-inline PartRows integers_to_bf16(const Weights& w, const Call& call, const IntegerRows& integers) {
-    PartRows x;
-    const size_t padded_k = w.at.padded_k();
-    x.parts = 1;
-    x.ld = spread_stride(padded_k * 2);
-    x.part_stride = 0;
-    x.at = static_cast<char*>(workspace(slot_sums, (round_up(call.m, 16) + 16) * x.ld));  // whole tiles may be read
-    parallel_ranges(call.threads, call.m, [&](long begin, long end) {
-        for (long m = begin; m < end; ++m) {
-            const int8_t* __restrict from = integers.row(int(m));
-            auto* __restrict to = reinterpret_cast<uint16_t*>(x.at + m * x.ld);
+// The same as bf16 numbers, of which each int8 number is one.
+inline TileRows integer_bf16_tiles(const Weights& w, const Activation& a, const Call& call, IntegerRows& numbers) {
+    const size_t padded_k = w.at.padded_k(), part = TileRows::bytes(call.m, 2 * padded_k);
+    numbers = integer_rows(a, call, part);
+    const TileRows x{reinterpret_cast<char*>(numbers.at), int(2 * padded_k) / step_bytes, 1, part};
+    const auto scratch = [&] { return static_cast<int8_t*>(workspace(slot_accumulators, 4 * padded_k)); };
+    quantize_rows(
+        w, a, call, numbers, [&](int) { return std::make_pair(scratch(), scratch() + padded_k); },
+        [&](int m) {
+            const int8_t* __restrict from = scratch();
+            auto* __restrict to = reinterpret_cast<uint16_t*>(scratch() + 2 * padded_k);
             for (size_t i = 0; i < padded_k; ++i) to[i] = uint16_t(bits_of(float(from[i])) >> 16);
-        }
+            x.place(0, m, to);
+        });
+    return x;
+}
+
+inline TileRows bf16_tiles(const Weights& w, const float* x_factor, const Call& call) {
+    const size_t padded_k = w.at.padded_k(), part = TileRows::bytes(call.m, 2 * padded_k);
+    const int parts = parts_of(call.dtype, w.smoothed), threads = long(call.m) * w.at.k < 65536 ? 1 : call.threads;
+    const TileRows x{static_cast<char*>(workspace(slot_rows, parts * part)), int(2 * padded_k) / step_bytes, parts,
+                     part};
+    with_dtype(call.dtype, [&](auto type) {
+        const auto* source = static_cast<const decltype(type)*>(call.x);
+        parallel_ranges(threads, call.m, [&](long begin, long end) {
+            auto* row = static_cast<uint16_t*>(workspace(slot_accumulators, 2 * parts * padded_k));
+            for (int m = int(begin); m < int(end); ++m) {
+                with_block<3>(parts, [&](auto count) {
+                    split_row<count>(source + m * call.ldx, w.at.k, int(padded_k), x_factor, row);
+                });
+                for (int p = 0; p < parts; ++p) x.place(p, m, row + p * padded_k);
+            }
+        });
     });
     return x;
 }
+
+// 8 tiles of 8 inputs to a B tile of bytes.
+struct DecodeBytes {
+    const Weights& w;
+    IntegerTable table;
+
+    LLMFP4_INLINE void operator()(int tile, int step, uint8_t* out) const {
+        constexpr int tiles = step_bytes / tile_k;
+        decode_panel(w, table, tile, 1, size_t(step) * tiles, 2 * tiles, out, 0);
+    }
+};
 
 template <int even, int odd>
 inline void decode_pair(Tile codes, const FloatTable& table, bool grouped, F32 scale, uint8_t* row) {
@@ -126,65 +80,59 @@ inline void decode_pair(Tile codes, const FloatTable& table, bool grouped, F32 s
     store_bytes(row, pack_bf16(a, b));
 }
 
-// `count` tiles of 8 inputs to 4 B rows each.
-inline void decode_bf16_panel(const Weights& w, const FloatTable& table, int tile, int tiles, size_t kt0, int count,
-                              uint8_t* panel) {
-    const bool grouped = w.scale_kind != ScaleKind::none;
-    for (int t = 0; t < tiles; ++t)
-        for (int c = 0; c < count; ++c) {
-            const Tile codes = stream_tile(w.codes + ((tile + t) * w.at.tiles_k() + kt0 + c) * tile_bytes);
-            const F32 scale = scales_of_tile(w, tile + t, kt0 + c);
-            uint8_t* row = panel + t * panel_stride + c * 4 * step_bytes;
-            decode_pair<0, 2>(codes, table, grouped, scale, row);
-            decode_pair<4, 6>(codes, table, grouped, scale, row + step_bytes);
-            decode_pair<1, 3>(codes, table, grouped, scale, row + 2 * step_bytes);
-            decode_pair<5, 7>(codes, table, grouped, scale, row + 3 * step_bytes);
+// 4 tiles of 8 inputs to a B tile of pairs of bf16 numbers.
+struct DecodeBf16 {
+    const Weights& w;
+    FloatTable table;
+
+    LLMFP4_INLINE void operator()(int tile, int step, uint8_t* out) const {
+        constexpr int tiles = step_bytes / 2 / tile_k;
+        const bool grouped = w.scale_kind != ScaleKind::none;
+        for (int c = 0; c < tiles; ++c, out += 4 * step_bytes) {
+            const size_t kt = size_t(step) * tiles + c;
+            const Tile codes = stream_tile(w.codes + (tile * w.at.tiles_k() + kt) * tile_bytes);
+            const F32 scale = scales_of_tile(w, tile, kt);
+            decode_pair<0, 2>(codes, table, grouped, scale, out);
+            decode_pair<4, 6>(codes, table, grouped, scale, out + step_bytes);
+            decode_pair<1, 3>(codes, table, grouped, scale, out + 2 * step_bytes);
+            decode_pair<5, 7>(codes, table, grouped, scale, out + 3 * step_bytes);
         }
-}
+    }
+};
 
 // x_scale [m], or null where the activations are themselves.
-inline void float_task(const Weights& w, const Call& call, const PartRows& x, const float* x_scale,
-                       const FloatTable& table, int m0, int m, int tile, int tiles) {
-    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, amx_panel_tiles * panel_stride));
-    auto* sums =
-        static_cast<float*>(workspace(slot_accumulators, (size_t(m) + 15) / 16 * 16 * sums_ld * sizeof(float)));
-    constexpr int k_of_step = step_bytes / 2;
-    const int total = int(w.at.padded_k()) / k_of_step;
-    for (int s = 0; s < total; s += panel_steps) {
-        const int steps = total - s < panel_steps ? total - s : panel_steps;
-        decode_bf16_panel(w, table, tile, tiles, size_t(s) * k_of_step / tile_k, steps * k_of_step / tile_k, panel);
-        multiply_panel<Bf16Pairs>(x.row(m0) + s * step_bytes, x.ld, x.part_stride, x.parts, m, panel, tiles, steps,
-                                  reinterpret_cast<char*>(sums), s == 0);
-    }
-    finish_float_rows(w, call, x_scale, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, sums_ld);
+inline void multiply_floats(const Weights& w, const Call& call, const TileRows& x, const float* x_scale, float unit) {
+    const auto finish = [&](int m0, int rows, int tile, int tiles, const void* sums) {
+        finish_float_rows(w, call, x_scale, m0, rows, tile * tile_n, outputs_from(w, tile, tiles),
+                          static_cast<const float*>(sums), sums_ld);
+    };
+    multiply_tiles<Bf16Pairs>(useful_threads(w, call), call.m, int(w.at.tiles_n()), x, false,
+                              DecodeBf16{w, float_table(w.element, unit)}, finish);
 }
 
 }  // namespace amx
 
 void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
-    const amx::IntegerRows x = amx::quantize_rows(w, a, call);
-    const amx::IntegerTable table(w.element);
-    amx::for_blocks(w, call, x.ld, [&](int m0, int m, int tile, int tiles) {
-        amx::integer_task(w, call, x, table, m0, m, tile, tiles);
-    });
+    amx::IntegerRows numbers;
+    const amx::TileRows x = amx::integer_tiles(w, a, call, numbers);
+    const amx::DecodeBytes decode{w, amx::IntegerTable(w.element)};
+    const auto finish = [&](int m0, int rows, int tile, int tiles, const void* sums) {
+        amx::finish_rows(w, call, numbers, m0, rows, tile * tile_n, amx::outputs_from(w, tile, tiles),
+                         static_cast<const int32_t*>(sums), amx::sums_ld, 32 * amx::sums_ld, decode.table.offset);
+    };
+    amx::multiply_tiles<amx::SignedByUnsigned>(amx::useful_threads(w, call), call.m, int(w.at.tiles_n()), x, true,
+                                               decode, finish);
 }
 
-// An int8 number is one in bf16, and so is an integer element times its group's scale (6 significant bits).
+// An integer element times its group's scale is a bf16 number, too (6 significant bits).
 void w4a8_grouped_amx(const Weights& w, const Activation& a, const Call& call) {
-    const amx::IntegerRows integers = amx::quantize_rows(w, a, call);
-    const amx::PartRows x = amx::integers_to_bf16(w, call, integers);
-    const amx::FloatTable table = amx::float_table(w.element, float(w.element.integer_scale()));
-    amx::for_blocks(w, call, x.parts * x.ld, [&](int m0, int m, int tile, int tiles) {
-        amx::float_task(w, call, x, integers.scale, table, m0, m, tile, tiles);
-    });
+    amx::IntegerRows numbers;
+    const amx::TileRows x = amx::integer_bf16_tiles(w, a, call, numbers);
+    amx::multiply_floats(w, call, x, numbers.scale, float(w.element.integer_scale()));
 }
 
 void w4a16_amx(const Weights& w, const float* x_factor, const Call& call) {
-    const amx::PartRows x = amx::split_rows(w, x_factor, call);
-    const amx::FloatTable table = amx::float_table(w.element);
-    amx::for_blocks(w, call, x.parts * x.ld, [&](int m0, int m, int tile, int tiles) {
-        amx::float_task(w, call, x, nullptr, table, m0, m, tile, tiles);
-    });
+    amx::multiply_floats(w, call, amx::bf16_tiles(w, x_factor, call), nullptr, 1.0f);
 }
 
 double peak_amx(Unit unit, double seconds) {

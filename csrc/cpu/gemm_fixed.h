@@ -1,133 +1,28 @@
-// W4A16 for up to 3 rows of 16-bit numbers, without floats: a stretch of 64 activations (or of a group of weights)
-// shares an exponent, and each is a fixed-point number of three digits to the base 256:
+// W4A16 for few rows without floats: a stretch of 64 activations (or of a group of weights) shares an exponent, and
+// each is a fixed-point number of digits to the base 256 (fixed_rows.h). 16-bit numbers have three digits, up to 3 rows
+// of them multiply so; fp32 numbers have five, and one row does.
 //
-//     x[k] = 2^(e - 6) · Σ_p digit[p][k] · 256^-p     -128 ≤ digit < 128, 2^e ≤ largest |x| of the stretch < 2^(e + 1)
-//
-// Digits are int8 operands of exact sums: a tile of codes costs 5 + 6 instructions a row in place of 23, and sums round
-// once a stretch in place of once an input. Numbers that digits do not hold whole, those far below the largest of their
-// stretch, have digits of zero and multiply as floats afterwards, one by one. A row with NaN, Inf, exponents below -100
-// or too many of these takes the way of gemm_w4a16.h.
-//
-// Tried: five digits, which fp32 numbers need. One row took as long as with floats, four took 1.7 times as long.
+// Digits are int8 operands of exact sums: a tile of codes costs 5 + 6 instructions a row, or 5 + 10, in place of 23,
+// and sums round once a stretch in place of once an input. What digits do not hold is multiplied as floats afterwards.
 #pragma once
+#include "fixed_rows.h"
 #include "gemm_w4a16.h"
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
-constexpr int digits = 3, digit_bits = 8, stretch_k = 64, longest_stretch = 512;  // 512 · 64 · 128 · 257 < 2^31
-constexpr int least_exponent = -100, fixed_tiles = 6, fixed_rows = 3;
+constexpr int fixed_tiles = 6, fixed_rows = 3;
 
-struct FixedRows {
-    int8_t* at;  // digit p of row r at (r·digits + p)·ld
-    size_t ld;
-    int stretch, stretches;
-    int32_t* starts;  // [rows · digits][stretches]: -offset · Σ of the digits
-    float* unit;      // [rows][stretches]: worth of digit 1's sum
-    float* floats;    // [rows][padded_k]: the activations themselves
-    int* lone;        // [rows][most_lone]: inputs that multiply as floats
-    int* lone_count;  // [rows]; -1: all of them
-    size_t padded_k;
-
-    static int most_lone(size_t padded_k) { return int(padded_k / 16); }
-    const int8_t* row(int r) const { return at + size_t(r) * digits * ld; }
-};
-
-// One stretch of x [count] → digits; returns whether an input is not held whole.
-inline bool digits_of_stretch(const float* __restrict x, int count, float to_digit, int8_t* __restrict out, size_t ld) {
-    uint32_t rest = 0;
-    for (int i = 0; i < count; ++i) {
-        float left = x[i] * to_digit;
-        rest |= uint32_t((left == 0.0f) != (x[i] == 0.0f));  // what is far below the largest may underflow
-        for (int p = 0; p < digits; ++p) {
-            // Up from .498: what is left of a digit is the next one's -128 .. 127. Where it is not, for it is close to
-            // that border or 128 comes first, something stays left in the end.
-            const float up = __builtin_floorf(left + (0.5f + 1.0f / 510)), digit = up < 127.0f ? up : 127.0f;
-            out[p * ld + i] = int8_t(int32_t(digit));
-            left = (left - digit) * float(1 << digit_bits);
-        }
-        rest |= uint32_t(left != 0.0f);
-    }
-    return rest;
-}
-
-// Takes what digits do not hold whole out of a stretch. Returns false if there is no room for it.
-inline bool set_apart(const FixedRows& x, int r, int first, int count, float to_digit, int8_t* out) {
-    const float* values = x.floats + r * x.padded_k;
-    for (int i = first; i < first + count; ++i) {
-        int8_t one[digits];
-        if (!digits_of_stretch(values + i, 1, to_digit, one, 1)) continue;
-        for (int p = 0; p < digits; ++p) out[p * x.ld + i] = 0;
-        if (x.lone_count[r] == FixedRows::most_lone(x.padded_k)) return false;
-        x.lone[r * FixedRows::most_lone(x.padded_k) + x.lone_count[r]++] = i;
-    }
-    return true;
-}
-
-// Row r of x.floats → digits, starts, units. Returns false if it must multiply as floats.
-inline bool fix_row(const FixedRows& x, int r, int offset, float weight_unit) {
-    const float* values = x.floats + r * x.padded_k;
-    int8_t* out = x.at + size_t(r) * digits * x.ld;
-    x.lone_count[r] = 0;
-    for (int s = 0; s < x.stretches; ++s) {
-        const int first = s * x.stretch, left = int(x.padded_k) - first, count = left < x.stretch ? left : x.stretch;
-        uint32_t top = 0;
-        for (int i = first; i < first + count; ++i) {
-            const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
-            top = magnitude > top ? magnitude : top;
-        }
-        const int exponent = int(top >> 23) - 127;
-        if (exponent == 128 || (top && exponent < least_exponent)) return false;
-        const float to_digit = top ? float_from_bits(uint32_t(127 + 6 - exponent) << 23) : 0.0f;
-        if (digits_of_stretch(values + first, count, to_digit, out + first, x.ld) &&
-            !set_apart(x, r, first, count, to_digit, out))
-            return false;
-        for (int p = 0; p < digits; ++p) {
-            int32_t sum = 0;
-            for (int i = first; i < first + count; ++i) sum += out[p * x.ld + i];
-            x.starts[(size_t(r) * digits + p) * x.stretches + s] = -offset * sum;
-        }
-        x.unit[size_t(r) * x.stretches + s] =
-            top ? float_from_bits(uint32_t(127 - 6 - digit_bits + exponent) << 23) * weight_unit : 0.0f;
-    }
-    return true;
-}
-
-inline FixedRows fix_rows(const Weights& w, const float* x_factor, const Call& call, int offset) {
-    FixedRows x;
-    x.padded_k = w.at.padded_k(), x.ld = spread_stride(x.padded_k);
-    x.stretch = w.scale_kind == ScaleKind::none ? stretch_k : w.group_size;
-    x.stretches = int((x.padded_k + x.stretch - 1) / x.stretch);
-    const size_t rows = call.m, lone = FixedRows::most_lone(x.padded_k);
-    const size_t words = rows * (x.padded_k + x.stretches * (digits + 1) + lone + 1);
-    auto* memory = static_cast<char*>(workspace(slot_rows, words * 4 + rows * digits * x.ld));
-    x.floats = reinterpret_cast<float*>(memory);
-    x.starts = reinterpret_cast<int32_t*>(x.floats + rows * x.padded_k);
-    x.unit = reinterpret_cast<float*>(x.starts + rows * digits * x.stretches);
-    x.lone = reinterpret_cast<int*>(x.unit + rows * x.stretches);
-    x.lone_count = x.lone + rows * lone;
-    x.at = reinterpret_cast<int8_t*>(x.lone_count + rows);
-    const float weight_unit = 1.0f / float(w.element.integer_scale());
-    with_dtype(call.dtype, [&](auto type) {
-        const auto* source = static_cast<const decltype(type)*>(call.x);
-        parallel_ranges(long(call.m) * w.at.k < 32768 ? 1 : call.threads, call.m, [&](long begin, long end) {
-            for (int r = int(begin); r < int(end); ++r) {
-                convert_row(source + r * call.ldx, w.at.k, int(x.padded_k), x_factor, x.floats + r * x.padded_k);
-                if (!fix_row(x, r, offset, weight_unit)) x.lone_count[r] = -1;
-            }
-        });
-    });
-    return x;
-}
-
-// Σ_p sum[p] · 256^(1 - p), rounded twice.
+// Σ_p sum[p] · 256^(1 - p), rounded twice, or four times.
+template <int digits>
 inline F32 value_of_digits(const I32 (&sum)[digits]) {
-    const F32 high = to_float(add(shift_left<digit_bits>(sum[0]), sum[1]));
-    return fma(high, to_float(sum[2]), f32_all(1.0f / 256));
+    const auto pair = [&](int p) { return to_float(add(shift_left<digit_bits>(sum[p]), sum[p + 1])); };
+    if constexpr (digits == 3) return fma(pair(0), to_float(sum[2]), f32_all(1.0f / 256));
+    return fma(fma(pair(0), pair(digits - 3), f32_all(0x1p-16f)), to_float(sum[digits - 1]), f32_all(0x1p-24f));
 }
 
 // MT rows times NT adjacent tiles of 16 outputs, all of k: what digits hold.
-template <int MT, int NT>
-inline void multiply_fixed(const Weights& w, const IntegerTable& table, const FixedRows& x, int row, int tile,
+template <int MT, int NT, int digits>
+inline void multiply_fixed(const Weights& w, const IntegerTable& table, const FixedRows<digits>& x, int row, int tile,
                            float* sums, size_t ld) {
     const size_t tiles_k = w.at.tiles_k(), stretch_tiles = x.stretch / tile_k;
     const bool grouped = w.scale_kind != ScaleKind::none;
@@ -167,8 +62,10 @@ inline void multiply_fixed(const Weights& w, const IntegerTable& table, const Fi
 }
 
 // Adds to the sums of a tile what digits do not hold.
-inline void add_lone(const Weights& w, const FloatTable& table, const FixedRows& x, int row, int tile, float* sums) {
-    const int* lone = x.lone + row * FixedRows::most_lone(x.padded_k);
+template <int digits>
+inline void add_lone(const Weights& w, const FloatTable& table, const FixedRows<digits>& x, int row, int tile,
+                     float* sums) {
+    const int* lone = x.lone + row * FixedRows<digits>::most_lone(x.padded_k);
     F32 total = load(sums);
     for (int i = 0; i < x.lone_count[row]; ++i) {
         const int k = lone[i], kt = k / tile_k, nibble = 2 * (k % 4) + k % tile_k / 4;
@@ -180,7 +77,8 @@ inline void add_lone(const Weights& w, const FloatTable& table, const FixedRows&
     store(sums, total);
 }
 
-inline void few_fixed(const Weights& w, const Call& call, const FixedRows& x, int begin, int end) {
+template <int digits>
+inline void few_fixed(const Weights& w, const Call& call, const FixedRows<digits>& x, int begin, int end) {
     const IntegerTable table(w.element);
     const FloatTable floats = float_table(w.element);
     const FloatRows as_floats{x.floats, x.padded_k};
@@ -208,15 +106,22 @@ inline void few_fixed(const Weights& w, const Call& call, const FixedRows& x, in
     }
 }
 
-// Products with an x_factor are fp32 numbers.
+template <int digits>
+inline void w4a16_with_digits(const Weights& w, const float* x_factor, const Call& call) {
+    const auto x = fix_rows<digits>(w, x_factor, call, IntegerTable(w.element).offset);
+    parallel_ranges(useful_threads(w, call), long(w.at.tiles_n()),
+                    [&](long begin, long end) { few_fixed(w, call, x, int(begin), int(end)); });
+}
+
+// Products with an x_factor are fp32 numbers. One row of them pays, more do not.
+inline bool needs_five(const Weights& w, const Call& call) { return call.dtype == Dtype::f32 || w.smoothed; }
+
 inline bool takes_fixed(const Weights& w, const Call& call) {
-    return call.m <= fixed_rows && call.dtype != Dtype::f32 && !w.smoothed && w.group_size <= longest_stretch;
+    return call.m <= (needs_five(w, call) ? 1 : fixed_rows) && w.group_size <= longest_stretch;
 }
 
 inline void w4a16_fixed(const Weights& w, const float* x_factor, const Call& call) {
-    const FixedRows x = fix_rows(w, x_factor, call, IntegerTable(w.element).offset);
-    parallel_ranges(useful_threads(w, call), long(w.at.tiles_n()),
-                    [&](long begin, long end) { few_fixed(w, call, x, int(begin), int(end)); });
+    (needs_five(w, call) ? w4a16_with_digits<5> : w4a16_with_digits<3>)(w, x_factor, call);
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -16,19 +16,30 @@ struct GroupStarts {
     const int32_t* row(int r) const { return at + size_t(r) * groups; }
 };
 
+// Sums of each group of a row times `factor`; zeros follow the row. A width that is known fills vectors.
+template <int width>
+inline void group_sums(const int8_t* __restrict row, const Weights& w, int factor, int32_t* __restrict out) {
+    const int padded_k = int(w.at.padded_k());
+    for (int g = 0, i = 0; g < w.groups; ++g, i += w.group_size) {
+        const int left = padded_k - i, size = width ? width : left < w.group_size ? left : w.group_size;
+        int32_t sum = 0;
+        for (int j = 0; j < size; ++j) sum += row[i + j];
+        out[g] = factor * sum;
+    }
+}
+
 inline GroupStarts group_starts(const Weights& w, const Call& call, const IntegerRows& x, int offset) {
     GroupStarts starts{static_cast<int32_t*>(workspace(slot_sums, x.rows() * size_t(w.groups) * sizeof(int32_t))),
                        w.groups};
     const int threads = long(call.m) * w.at.k < 65536 ? 1 : call.threads;
     parallel_ranges(threads, x.rows(), [&](long begin, long end) {
         for (int r = int(begin); r < int(end); ++r)
-            for (int g = 0; g < w.groups; ++g) {
-                const int first = g * w.group_size, left = w.at.k - first;
-                const int8_t* row = x.row(r) + first;
-                int32_t sum = 0;
-                for (int i = 0; i < (left < w.group_size ? left : w.group_size); ++i) sum += row[i];
-                starts.at[size_t(r) * w.groups + g] = -offset * sum;
-            }
+            if (w.group_size == 16)
+                group_sums<16>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
+            else if (w.group_size == 32)
+                group_sums<32>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
+            else
+                group_sums<0>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
     });
     return starts;
 }
@@ -101,7 +112,7 @@ inline void few_grouped(const Weights& w, const Call& call, const IntegerRows& x
     constexpr size_t ld = fused_tiles * tile_n;
     float sums[few_rows * ld];
     for (int tile = begin; tile < end;)
-        tile += with_block<2>(end - tile, [&](auto nt) {
+        tile += with_block<grouped_fused_tiles>(end - tile, [&](auto nt) {
             for (int row = 0; row < call.m;)
                 row += with_block<fused_rows>(call.m - row, [&](auto mt) {
                     multiply_grouped_fused<mt, nt>(w, table, x, starts, row, tile, sums + row * ld, ld);

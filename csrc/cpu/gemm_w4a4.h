@@ -4,29 +4,13 @@
 // sum at -offset · Σ_k xi[m,k] takes it out again. Rows: up to `few_rows` multiply tiles as they are decoded; more of
 // them share a panel of decoded bytes.
 #pragma once
-#include <utility>
-
-#include "parallel.h"
-#include "quantize.h"
-#include "workspace.h"
+#include "integer_rows.h"
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr int few_rows = 8, fused_rows = 4, fused_tiles = 4;
 constexpr int panel_k = 512;  // 64 outputs x 512 inputs: 32 KiB, the first-level cache
 constexpr int rows_per_task = 192;
-
-// Quantized activations: `rows` int8 rows of stride ld, plane p of row m at row p·m_count + m.
-struct IntegerRows {
-    int8_t* at;
-    size_t ld;
-    int32_t* sums;  // Σ_k of each row
-    float* scale;   // of each x row: what one unit of its sums is worth; NaN for a row with NaN or Inf
-    int m, planes;
-
-    int rows() const { return m * planes; }
-    const int8_t* row(int r) const { return at + r * ld; }
-};
 
 struct IntegerTable {
     int offset;
@@ -39,45 +23,6 @@ struct IntegerTable {
     }
     explicit IntegerTable(Element e) : offset(signed_bytes ? 0 : e.max_integer()), bytes(make(e, offset)) {}
 };
-
-// Strides that are a multiple of 128 bytes would put every row into few cache sets.
-inline size_t spread_stride(size_t bytes) { return bytes / 64 % 2 == 0 ? bytes + 64 : bytes; }
-
-inline IntegerRows quantize_rows(const Weights& w, const Activation& a, const Call& call) {
-    IntegerRows x;
-    x.m = call.m;
-    x.planes = planes_of(a);
-    const int padded_k = int(w.at.padded_k());
-    x.ld = spread_stride(padded_k);
-    const size_t row_bytes = round_up(x.rows(), 16) * x.ld;  // whole AMX tiles may be read
-    const size_t numbers = x.rows() * sizeof(int32_t) + x.m * sizeof(float);
-    char* memory = static_cast<char*>(workspace(slot_rows, row_bytes + 16 * x.ld + numbers));
-    x.at = reinterpret_cast<int8_t*>(memory);
-    x.sums = reinterpret_cast<int32_t*>(memory + row_bytes + 16 * x.ld);
-    x.scale = reinterpret_cast<float*>(x.sums + x.rows());
-    const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
-    with_dtype(call.dtype, [&](auto type) {
-        const auto* source = static_cast<const decltype(type)*>(call.x);
-        parallel_ranges(threads, call.m, [&](long begin, long end) {
-            for (int m = int(begin); m < int(end); ++m) {
-                int32_t sums[2] = {};
-                int8_t *low = x.at + m * x.ld, *high = x.planes == 2 ? x.at + (x.m + m) * x.ld : nullptr;
-                const auto* row = source + m * call.ldx;
-                if (a.dynamic) {
-                    auto* values = static_cast<float*>(workspace(slot_panel, padded_k * sizeof(float)));
-                    x.scale[m] = quantize_dynamic_row(row, w.at.k, padded_k, a, values, low, sums) * a.unit;
-                } else {
-                    const bool finite = high ? quantize_row<2>(row, w.at.k, padded_k, a, low, high, sums)
-                                             : quantize_row<1>(row, w.at.k, padded_k, a, low, high, sums);
-                    x.scale[m] = finite ? a.x_scale * a.unit : __builtin_nanf("");
-                }
-                x.sums[m] = sums[0];
-                if (high) x.sums[x.m + m] = sums[1];
-            }
-        });
-    });
-    return x;
-}
 
 // sums [planes][rows][ld]: finish rows m0.. of the call for `count` outputs from n0. `offset` is what the weights were
 // decoded with, if the sums were not started with its correction.

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -26,6 +28,14 @@ const OpenMP& openmp() {
     return found;
 }
 
+// Under a passive wait policy a runtime puts the caller to sleep that is done before the others; to be woken takes it
+// longer than equal shares differ.
+template <class F>
+void wait_briefly(F&& done) {
+    using clock = std::chrono::steady_clock;
+    for (const auto until = clock::now() + std::chrono::microseconds(50); !done() && clock::now() < until;) {}
+}
+
 }  // namespace
 
 const char* team_kind() { return openmp().complete() ? "openmp" : "std::thread"; }
@@ -41,12 +51,16 @@ void run_team(int threads, void (*body)(int, int, void*), void* context) {
     struct Region {
         void (*body)(int, int, void*);
         void* context;
-    } region{body, context};
+        std::atomic<int> finished;
+    } region{body, context, {0}};
     // The runtime may grant fewer threads than asked for; shares follow what it granted.
     openmp().parallel(
         [](void* p) {
             auto& r = *static_cast<Region*>(p);
-            r.body(openmp().thread_num(), openmp().num_threads(), r.context);
+            const int thread = openmp().thread_num(), of = openmp().num_threads();
+            r.body(thread, of, r.context);
+            r.finished.fetch_add(1, std::memory_order_relaxed);
+            if (thread == 0) wait_briefly([&] { return r.finished.load(std::memory_order_relaxed) == of; });
         },
         &region, unsigned(threads), 0);
 }

@@ -13,27 +13,34 @@ inline int planes_of(const Activation& a) {
     return a.element.max_integer() << (a.shifted ? a.element.max_shift() : 0) > int8_max ? 2 : 1;
 }
 
-// Rounds numbers in an element's units to the element: saturating, ties to the even step. What rounds to zero is +0.
+// Rounds numbers in an element's units, or in those of its integers, to the element: saturating, ties to the even step.
+// What rounds to zero is +0.
 struct Rounder {
     float top;
     uint32_t to_anchor, smallest;
 
-    explicit Rounder(Element e)
-        : top(float(e.max_integer()) / float(e.integer_scale())),
+    explicit Rounder(Element e, bool integers = false)
+        : top(float(e.max_integer()) / float(integers ? 1 : e.integer_scale())),
           to_anchor((uint32_t(23 - e.mantissa_bits) << 23) + 0x00400000u),
-          smallest(uint32_t(127 + 1 - e.bias) << 23) {}
+          smallest(uint32_t(integers ? 127 + e.mantissa_bits : 127 + 1 - e.bias) << 23) {}
 
-    float operator()(float v) const {
+    LLMFP4_INLINE float operator()(float v) const {
         const float below = v < top ? v : top, clipped = below > -top ? below : -top;
-        uint32_t binade = bits_of(clipped) & 0x7f800000u;
+        return whole_steps(clipped);
+    }
+    // The same for what exceeds the element's largest by less than half a step.
+    LLMFP4_INLINE float whole_steps(float v) const {
+        uint32_t binade = bits_of(v) & 0x7f800000u;
         binade = binade > smallest ? binade : smallest;
         // 1.5·2^23 steps of this binade: adding it rounds to a whole step, ties to even, on both sides of zero.
         const float anchor = float_from_bits(binade + to_anchor);
-        return (clipped + anchor) - anchor;
+        return (v + anchor) - anchor;
     }
 };
 
-inline uint32_t is_special(float value) { return uint32_t((bits_of(value) & 0x7f800000u) == 0x7f800000u); }
+// Of NaN and Inf magnitudes are the largest as bits.
+inline uint32_t magnitude_of(float value) { return bits_of(value) & 0x7fffffffu; }
+inline bool is_special(uint32_t magnitude) { return magnitude >= 0x7f800000u; }
 
 // x [k] → element(code) · integer_factor, padded with zeros to padded_k. `sums` are those of the planes. Returns false
 // if the row holds NaN or Inf.
@@ -43,11 +50,12 @@ inline bool quantize_row(const T* __restrict x, int k, int padded_k, const Activ
     const float* __restrict inverse = a.inverse;
     const float* __restrict factor = a.integer_factor;
     const Rounder round(a.element);
-    uint32_t special = 0;
+    uint32_t largest = 0;
     int32_t sum_low = 0, sum_high = 0;
     for (int i = 0; i < k; ++i) {
         const float value = to_float(x[i]);
-        special |= is_special(value);
+        const uint32_t magnitude = magnitude_of(value);
+        largest = largest > magnitude ? largest : magnitude;
         const int32_t integer = int32_t(round(value * inverse[i]) * factor[i]);
         if constexpr (planes == 1) {
             low[i] = int8_t(integer);
@@ -67,17 +75,13 @@ inline bool quantize_row(const T* __restrict x, int k, int padded_k, const Activ
     }
     sums[0] = sum_low;
     if (planes == 2) sums[1] = sum_high;
-    return special == 0;
+    return !is_special(largest);
 }
 
-// Loops of a fixed width are kept as loops: unrolled, or with bytes among their numbers, they fill a quarter of a
-// vector.
-template <int width>
 inline float largest_of(const float* __restrict v, int count) {
     uint32_t bits = 0;
-#pragma GCC unroll 1
-    for (int i = 0; i < (width ? width : count); ++i) {
-        const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
+    for (int i = 0; i < count; ++i) {
+        const uint32_t magnitude = magnitude_of(v[i]);
         bits = bits > magnitude ? bits : magnitude;
     }
     return float_from_bits(bits);
@@ -86,97 +90,139 @@ inline float largest_of(const float* __restrict v, int count) {
 // The two factors that each of some groups may have: the least that holds its largest value, and the one below.
 constexpr int groups_at_once = 16;
 struct Factors {
-    int holds[groups_at_once], below[groups_at_once];
-    float inverse_holds[groups_at_once], inverse_below[groups_at_once];
+    float holds[groups_at_once], below[groups_at_once], inverse_holds[groups_at_once], inverse_below[groups_at_once];
 
-    // largest [groups_at_once]: of the groups, in units of the token.
+    // largest [groups_at_once]: of the groups, in integer units of the token.
     Factors(const float* __restrict largest, float top, int most) {
         for (int g = 0; g < groups_at_once; ++g) {  // without ceil and conditions of floats, which gcc leaves scalar
             const float needed = largest[g] / top;
             const int whole = int(needed), ceil = whole + (needed > float(whole)), some = ceil > 1 ? ceil : 1;
-            holds[g] = some < most ? some : most;
-            below[g] = holds[g] > 2 ? holds[g] - 1 : 1;
-            inverse_holds[g] = 1.0f / float(holds[g]);
-            inverse_below[g] = 1.0f / float(below[g]);
+            const int h = some < most ? some : most, b = h > 2 ? h - 1 : 1;
+            holds[g] = float(h);
+            below[g] = float(b);
+            inverse_holds[g] = 1.0f / holds[g];
+            inverse_below[g] = 1.0f / below[g];
         }
     }
 };
 
-// v [count] in units of the token → element · factor as integers, with the factor of group g that errs less. Squared
-// errors are compared in 1/64 of an integer unit: integers themselves, so no order of summation changes which one wins;
-// (e - 64h)² - (e - 64b)² = 128 · (b - h) · (e - 32(h + b)).
-template <int width>
-inline void quantize_group(const float* __restrict v, int count, const Factors& f, int g, const Rounder& round,
-                           float integer_scale, int8_t* __restrict out) {
-    alignas(64) int32_t with[2][dynamic_group_limit];
-    const float inverse[2] = {f.inverse_holds[g], f.inverse_below[g]};
-    const float scale[2] = {integer_scale * float(f.holds[g]), integer_scale * float(f.below[g])};
-    const float residual = integer_scale * 64;
-    int32_t excess = 0;  // of the error with the larger factor, / 128
-#pragma GCC unroll 1
-    for (int i = 0; i < (width ? width : count); ++i) {
-        const int32_t exact = int32_t(__builtin_rintf(v[i] * residual));
-        const int32_t holds = int32_t(round(v[i] * inverse[0]) * scale[0]);
-        const int32_t below = int32_t(round(v[i] * inverse[1]) * scale[1]);
-        excess += (below - holds) * (exact - 32 * (holds + below));
-        with[0][i] = holds;
-        with[1][i] = below;
-    }
-    const int32_t* __restrict best = with[excess > 0];
-#pragma GCC unroll 1
-    for (int i = 0; i < (width ? width : count); ++i) out[i] = int8_t(best[i]);
+// Both of what a value in integer units becomes, and how much more the larger factor errs: (e - h)² - (e - b)² =
+// (b - h) · (2e - h - b), e being the value to 1/64. That is a multiple of 1/32 below 2^12: sums of 16 are exact as
+// floats, those of 256 as integers, so no order of summation changes which one wins.
+LLMFP4_INLINE float excess_of(float v, const Rounder& round, const Factors& f, int g, float& holds, float& below) {
+    const float to_64th = 1.5f * 0x1p17f, exact = (v + to_64th) - to_64th;
+    // A value exceeds the element's largest times `holds` by its own rounding at most.
+    const float h = round.whole_steps(v * f.inverse_holds[g]) * f.holds[g];
+    const float b = round(v * f.inverse_below[g]) * f.below[g];
+    holds = h;
+    below = b;
+    return (b - h) * ((exact - h) + (exact - b));
 }
 
-template <int width>
-inline void quantize_groups(const float* __restrict v, int k, int group_size, const Element& e, const Rounder& round,
-                            int8_t* __restrict out) {
-    const int most = int8_max / e.max_integer();
-    const float integer_scale = float(e.integer_scale());
+// v [k] in integer units of the token → element · factor. Returns their sum.
+inline int32_t quantize_groups(const float* __restrict v, int k, int group_size, int most, const Rounder& round,
+                               int8_t* __restrict out) {
     const auto size_at = [&](int i) { return k - i < group_size ? k - i : group_size; };
+    int32_t total = 0;
     for (int begin = 0; begin < k; begin += groups_at_once * group_size) {
-        alignas(64) float largest[groups_at_once] = {};
+        float largest[groups_at_once] = {};
         for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size)
-            largest[g] = largest_of<width>(v + i, size_at(i));
+            largest[g] = largest_of(v + i, size_at(i));
         const Factors factors(largest, round.top, most);
-        for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size)
-            quantize_group<width>(v + i, size_at(i), factors, g, round, integer_scale, out + i);
+        for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size) {
+            float with[2][dynamic_group_limit];
+            int32_t excess = 0;
+            for (int j = 0; j < size_at(i); ++j)
+                excess += int32_t(32 * excess_of(v[i + j], round, factors, g, with[0][j], with[1][j]));
+            const float* __restrict best = with[excess > 0];
+            for (int j = 0; j < size_at(i); ++j) {
+                out[i + j] = int8_t(int32_t(best[j]));
+                total += int32_t(best[j]);
+            }
+        }
     }
+    return total;
 }
+
+// The same for groups of 16, which all 16 lanes hold: v [count] times `scale`, zeros up to a multiple of 256 (they
+// change neither the largest value nor an error).
+inline int32_t quantize_groups_of_16(const float* __restrict v, int count, float scale, int most, const Rounder& round,
+                                     int8_t* __restrict out) {
+    constexpr int size = 16, block = groups_at_once * size;
+    alignas(64) int32_t totals[size] = {}, integers[block];
+    for (int begin = 0; begin < count; begin += block, v += block, out += block) {
+        const int groups = count - begin < block ? (count - begin) / size : groups_at_once;
+        alignas(64) float values[block], with[2][block], sums[groups_at_once];
+        for (int i = 0; i < block; ++i) values[i] = v[i] * scale;
+        for (int i = 0; i < block; ++i) with[0][i] = float_from_bits(magnitude_of(values[i]));
+        max_of_rows(with[0], sums);
+        const Factors factors(sums, round.top, most);
+        for (int g = 0; g < groups; ++g)
+#pragma GCC unroll 1
+            for (int i = g * size; i < (g + 1) * size; ++i)
+                values[i] = excess_of(values[i], round, factors, g, with[0][i], with[1][i]);
+        sum_of_rows(values, sums);
+        for (int i = groups * size; i < block; ++i) integers[i] = 0;
+        for (int g = 0; g < groups; ++g) {
+            const float* __restrict best = with[sums[g] > 0] + g * size;
+#pragma GCC unroll 1
+            for (int i = 0; i < size; ++i) integers[g * size + i] = int32_t(best[i]);
+        }
+        for (int i = 0; i < size; ++i)
+            for (int g = 0; g < groups_at_once; ++g) totals[i] += integers[g * size + i];
+        if (groups == groups_at_once)
+            for (int i = 0; i < block; ++i) out[i] = int8_t(integers[i]);
+        else
+            for (int i = 0; i < count - begin; ++i) out[i] = int8_t(integers[i]);
+    }
+    int32_t total = 0;
+    for (int i = 0; i < size; ++i) total += totals[i];
+    return total;
+}
+
+// Floats of memory that quantize_dynamic_row needs.
+inline size_t dynamic_floats(size_t padded_k) { return round_up(padded_k, 256); }
 
 // x [k] → integers in units of the token's own scale, which is returned; NaN if the row, times x_factor, holds NaN or
-// Inf. `v` is memory for padded_k floats.
+// Inf. `v` is memory for dynamic_floats.
 template <class T>
 inline float quantize_dynamic_row(const T* __restrict x, int k, int padded_k, const Activation& a, float* __restrict v,
                                   int8_t* __restrict out, int32_t* sum) {
     const float* __restrict factor = a.inverse;
-    const Rounder round(a.element);
-    uint32_t special = 0, largest = 0;
+    const Rounder round(a.element, true);
+    uint32_t largest = 0;
     for (int i = 0; i < k; ++i) {
         v[i] = to_float(x[i]) * factor[i];
-        special |= is_special(v[i]);
-        const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
+        const uint32_t magnitude = magnitude_of(v[i]);
         largest = largest > magnitude ? largest : magnitude;
     }
-    const float smallest = 0x1p-100f, found = float_from_bits(largest);
-    const float top = a.group_size ? round.top * float(int8_max / a.element.max_integer()) : round.top;
-    const float x_scale = (found > smallest ? found : smallest) / top, inverse = 1.0f / x_scale;
-    for (int i = 0; i < k; ++i) v[i] *= inverse;
-    for (int i = k; i < padded_k; ++i) v[i] = 0;
-    if (special) {
+    *sum = 0;
+    if (is_special(largest)) {
         for (int i = 0; i < padded_k; ++i) out[i] = 0;
-    } else if (a.group_size == 0) {
-        const float scale = float(a.element.integer_scale());
-        for (int i = 0; i < padded_k; ++i) out[i] = int8_t(int32_t(round(v[i]) * scale));
-    } else if (a.group_size == 16) {  // zeros of the padding change neither the largest value nor an error
-        quantize_groups<16>(v, int(round_up(k, 16)), 16, a.element, round, out);
+        return __builtin_nanf("");
+    }
+    const int most = a.group_size ? int8_max / a.element.max_integer() : 1;  // factor of a group
+    const float unit = float(a.element.integer_scale());
+    const float smallest = 0x1p-100f, found = float_from_bits(largest);
+    const float x_scale = (found > smallest ? found : smallest) / (round.top / unit * float(most));
+    const float inverse = 1.0f / x_scale * unit;
+    if (a.group_size == 0) {
+        int32_t total = 0;
+        for (int i = 0; i < k; ++i) {
+            const int32_t integer = int32_t(round(v[i] * inverse));
+            out[i] = int8_t(integer);
+            total += integer;
+        }
+        *sum = total;
+    } else if (a.group_size == 16) {
+        for (size_t i = k; i < dynamic_floats(padded_k); ++i) v[i] = 0;
+        *sum = quantize_groups_of_16(v, padded_k, inverse, most, round, out);
     } else {
-        quantize_groups<0>(v, k, a.group_size, a.element, round, out);
+        for (int i = 0; i < k; ++i) v[i] *= inverse;
+        *sum = quantize_groups(v, k, a.group_size, most, round, out);
     }
     for (int i = k; i < padded_k; ++i) out[i] = 0;
-    int32_t total = 0;
-    for (int i = 0; i < padded_k; ++i) total += out[i];
-    *sum = total;
-    return special ? __builtin_nanf("") : x_scale;
+    return x_scale;
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

@@ -6,7 +6,7 @@ namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr bool signed_bytes = false;
 constexpr int panel_rows = 6, panel_tiles = 4, float_rows = 6, float_tiles = 4, grouped_rows = 3;
-constexpr int float_fused_tiles = 2, few_float_rows = 8, most_chained = 8;
+constexpr int float_fused_tiles = 2, grouped_fused_tiles = 4, few_float_rows = 8, most_chained = 8;
 using Tile = __m512i;
 using Bytes = __m512i;
 using I32 = __m512i;
@@ -59,6 +59,26 @@ inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 fma(F32 sum, F32 w, F32 x) { return _mm512_fmadd_ps(w, x, sum); }
 inline F32 fma(F32 sum, F32 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
+// Registers of rows a and b to one of a0·a2 b0·b2 a1·a3 b1·b3, and so on: half as many at each step.
+template <class Op>
+LLMFP4_INLINE void reduce_rows(const float* rows, float* out, Op&& op) {
+    const auto halves = [&](__m512 a, __m512 b) { return op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const auto quarters = [&](__m512 a, __m512 b) {
+        return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    __m512 four[4];
+    each<4>([&](int i) {
+        const float* p = rows + 64 * i;
+        four[i] = halves(halves(load(p), load(p + 32)), halves(load(p + 16), load(p + 48)));
+    });
+    store(out, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+}
+inline void max_of_rows(const float* rows, float* out) {
+    reduce_rows(rows, out, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+}
+inline void sum_of_rows(const float* rows, float* out) {
+    reduce_rows(rows, out, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+}
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if (kind == ScaleKind::e8m0) {
