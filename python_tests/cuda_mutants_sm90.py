@@ -62,6 +62,8 @@ MUTANTS = [
     (GEMM, "gemm_sm90.h", "a range goes on where the next one begins", "        taken += count;\n", "        taken += count - 1;\n", f"Deadlock MissingWait Misuse {WRONG}"),
     (GEMM, "gemm_sm90.h", "x of the first unit in every stage", "x.next(), fetch_x(i, x)", "i ? false : x.next(), fetch_x(i, x)", WRONG),
     (GEMM, "gemm_sm90.h", "sums of the range after", "range(share, taken - 1)", "range(share, taken)", f"{WRONG} OutOfBounds Race Uninitialised {LEFT}"),
+    (WIDE, "stream_k.h", "rows of the first tile for all", "row_tile = range.row_tile(share), out", "row_tile = taken ? row_tile : range.row_tile(share), out", WRONG),
+    (WIDE, "stream_k.h", "outputs of the first tile for all", "out_tile = range.out_tile(share);", "out_tile = taken ? out_tile : range.out_tile(share);", WRONG),
     (GEMM, "stream_k.h", "blocks take the same tiles in their second turn", "i / share.units * share.blocks", "i / share.units", f"Race {WRONG}"),
     (GEMM, "stream_k.h", "a piece goes on to the end of its tile", "min(end - start, share.units) - begin", "share.units - begin", f"{WRONG} Race Uninitialised {LEFT}"),
     (GEMM, "stream_k.h", "a piece begins where its tile does", "begin = first > start ? first - start : 0;", "begin = 0;", f"{WRONG} Race Uninitialised {LEFT} OutOfBounds"),

@@ -62,9 +62,25 @@ def test_divisions_are_those_of_the_launch():
         ("cuda.sm80", 1, 0, 34, "splits = 34 are not 1 to 33: the sum has 33 units of k, and 132 multiprocessors 3"),
         ("cuda.sm80", 4096, 0, 3, "splits = 3 are not 1 to 2: .* 132 multiprocessors 384 tiles"),
         ("cuda.sm80", 1, 0, -1, "splits = -1 are not 1 to"),
+        ("cuda.sm90", 0, -1, 0, "^0 rows of operands by"),
+        ("cuda.sm80", 2**30 + 1, -1, 0, "1073741825 rows of operands by 150 outputs on 132 .* more than 2.30 rows"),
     ):
         with pytest.raises(ValueError, match=sentence):
             division(kernel, FORM, m, 132, tile, splits)
+
+
+def test_products_beyond_what_is_counted_are_refused():
+    """Rows of operands, not tokens: fp32 has four of each."""
+    problem = Problem(2**28 + 1, 64, 64, E2M1, device="cuda")
+    with OnCpu([], **HOPPER):
+        for name in ("sm80", "sm90"):
+            assert "1073741828 rows of operands by 64 outputs" in cuda.refusal(name, problem)
+            assert cuda.refusal(name, dataclasses.replace(problem, m=2**28)) is None
+            assert "2^40 sums" in cuda.refusal(name, dataclasses.replace(problem, m=2**27, n=4096))
+        prepared = cuda.Prepared(random_packed(16, 64, E2M1), None)
+        for m in (2**28 + 1, 2**29, 2**31 - 1):
+            with pytest.raises(ValueError, match="rows of operands by 16 outputs"):
+                prepared.plan("sm90", m, torch.float32, 132)
 
 
 def test_a_form_is_that_of_the_launch():
@@ -137,7 +153,7 @@ def test_a_layer_reads_the_table_once(monkeypatch):
         prepared = cuda.Prepared(random_packed(150, 2100, E2M1, E2M1), None)
         for module, name in ((measured, "known"), (json, "loads"), (measured.Path, "read_text")):
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("a file is read"))
-        assert [prepared.plan("gemv", m, torch.float16, 132).splits for m in (1, 2, 16)] == [3, 2, 2]
+        assert [prepared.plan("gemv", m, torch.float16, 132).splits for m in (1, 2, 16)] == [3, 1, 2]
         assert prepared.plan("gemv", 1, torch.float16, 132, (2, 7)).tile_size == "64x8"
 
 
@@ -202,6 +218,15 @@ def test_a_choice_keeps_to_what_the_product_has():
         assert cuda_choices.choose(known, FORM, 9, ("cuda.gemv",), 132) is None
 
 
+def test_a_measured_tile_pads_no_more_rows_than_the_counted_one():
+    """But for the number of tokens that it was measured with."""
+    with OnCpu([], **HOPPER):
+        put(row("cuda.sm90", 3, "128x256", 1, m=256), row("cuda.sm90", 1, "128x48", 1, m=40))
+        known = cuda_choices.known(cuda.machine, HERE)
+        sizes = [cuda_choices.choose(known, FORM, m, ("cuda.sm90",), 132)[0].size for m in (256, 200, 97, 65, 40, 20)]
+    assert sizes == ["128x256", "128x224", "128x112", "128x80", "128x48", "128x24"]
+
+
 def test_the_cache_folder_goes_before_the_package():
     with OnCpu([], **HOPPER):
         shipped = put(row(m=1), row(m=64), folder=measured.SHIPPED)
@@ -223,7 +248,7 @@ def test_the_cache_folder_goes_before_the_package():
 
 BAD = [
     (lambda content: json.dumps(content)[:-40], r"bytes\) is not JSON"),
-    (change("format", value="llmfp4 triton tiles"), "is not of format 'llmfp4 cuda tiles', version 1"),
+    (change("format", value="llmfp4 triton tiles"), "is not of format 'llmfp4 cuda tiles', version 2"),
     (change("conditions", "gpu", value="Other GPU"), "measured with gpu Other GPU, here it is cpu"),
     (change("conditions", "capability", value="sm_80"), "measured with capability sm_80, here it is sm_90"),
     (change("conditions", "multiprocessors", value=114), "measured with multiprocessors 114, here it is 132"),
@@ -239,8 +264,10 @@ BAD = [
     (change("rows", 0, "config", value={}), "a tile has the fields "),
     (change("rows", 0, "form", "operand", value="int4"), "there are no 1 planes of int4 with none scales"),
     (change("rows", 0, "form", "operand", value="e4m3"), "cuda.sm80 does not multiply e4m3"),
+    (change("rows", 0, "form", "planes", value=4), "there are no 4 planes of int8 with none scales"),
+    (change("rows", 0, "form", "group_size", value=16), "there are no groups of 16 inputs with none scales"),
     (change("rows", 0, "form", "group_size", value=-16), "is no product of these kernels"),
-    (change("rows", 0, "m", value=1 << 30), "are beyond all products"),
+    (change("rows", 0, "m", value=(1 << 30) + 1), "are beyond all products"),
     (change("rows", 0, "m", value=0), "is no product of these kernels"),
     (change("rows", 0, "seconds", value=0.0), "says seconds = 0.0"),
 ]

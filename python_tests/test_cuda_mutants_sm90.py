@@ -48,6 +48,7 @@ def problems(kernel):
         yield unit_weights(16, 256), torch.diag(torch.tensor(E4M3FN.values).nan_to_num(nan=1000.0)), None, 1
     if kernel == WIDE:
         yield random_packed(70, 130, E2M1, E2M1, True), random_x(140, 130), None, 8
+        yield random_packed(200, 70, E2M1, E2M1, True), random_x(270, 70), None, 1  # all six tiles by one block
         return
     # A block takes a tile, and a part of the last one; then two that its stages hold at once; then tiles have parts.
     yield random_packed(300, 1050, E2M1, E2M1, True), random_x(20, 1050, torch.bfloat16), torch.randn(300), 1

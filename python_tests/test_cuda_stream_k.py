@@ -129,6 +129,14 @@ def test_parts_are_added_in_the_order_of_k(programs):
             assert (gpu.run(cuda.Prepared(packed, None), SM90, x) == 1).all()
 
 
+def test_a_block_takes_tiles_of_several_rows(programs):
+    """Three tiles of 96 rows and 70 outputs, then six of 96 rows and 128 outputs."""
+    for n, tiles in ((70, 3), (200, 6)):
+        with OnCpu(programs, 1, **HOPPER) as gpu:
+            assert check(gpu, random_packed(n, 330, E2M1, E2M1, True), random_x(270, 330)) == "gemm_sm90_int8_128"
+            assert planned(gpu, 270, torch.float32) == (tiles, 0, 0)
+
+
 def test_stages_hold_several_tiles(programs):
     """Tiles of 3 units, 8 stages: weights of a block's second tile are under way before the kernel before has ended."""
     for seed, (n, multiprocessors) in itertools.product((0, 1), ((300, 1), (520, 1))):

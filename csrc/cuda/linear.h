@@ -128,6 +128,14 @@ struct Call {
 
 constexpr int gemv_rows_limit = 16;
 
+// Throws std::invalid_argument for what a plan does not count in 32 bits: backends/cuda_choices.py refuses it before.
+inline void require_countable(int64_t rows, int n, int multiprocessors) {
+    if (rows < 1 || n < 1 || multiprocessors < 1 || rows > 1 << 30 || n > 1 << 30 || rows * n > int64_t(1) << 40)
+        throw std::invalid_argument(std::to_string(rows) + " rows of operands by " + std::to_string(n) +
+                                    " outputs on " + std::to_string(multiprocessors) +
+                                    " multiprocessors: more than 2^30 rows or 2^40 sums, or nothing");
+}
+
 // Grid and kernel for plan.rows rows; Family::divide has filled in the rest.
 void plan_gemv(const Weight&, int multiprocessors, Plan&);
 void plan_gemm_sm80(const Weight&, int multiprocessors, Plan&);
@@ -159,6 +167,7 @@ struct Family {
 
     // Of plan.rows rows of operands, whose sums are integers (plan.exact) or not.
     void divide(const Weight& w, int multiprocessors, Plan& plan) const {
+        require_countable(plan.rows, w.n, multiprocessors);
         plan.inputs = inputs, plan.fast_sums = fast_sums;
         plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !plan.exact);
         share(w, multiprocessors, plan);
@@ -169,6 +178,7 @@ struct Family {
         Plan plan{};
         plan.forced = forced;
         plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
+        require_countable(int64_t(plan.planes) * m, w.n, multiprocessors);
         plan.rows = plan.planes * m;
         plan.exact = a.integer();
         plan.direct = !a.quantized() && plan.planes == 1 && w.k % 8 == 0;

@@ -229,6 +229,8 @@ def refusal(name: str, problem: Problem) -> str | None:
     if problem.k > 256 * GRID_LIMIT:
         return f"k = {problem.k} is more than {256 * GRID_LIMIT}, which a grid holds"
     rows = problem.m * planes(problem)
+    if why := cuda_choices.refusal_of_size(rows, problem.n):
+        return why
     if name == "gemv" and rows > GEMV_ROWS:
         return f"{rows} rows of activations are more than {GEMV_ROWS}, which its registers hold"
     return cuda_sm90.refusal(problem, machine.capability(problem.device_index)) if name == "sm90" else None

@@ -4,7 +4,8 @@ Without a measurement the registry's order and csrc/cuda's plan_* functions deci
 of the same operands: the measured shape next to n x k, by factors of two along either side and at most REACH of them in
 all; of that shape, the measured number of tokens next to m that serves it (measured.serves); of the rows of the
 registry measured there, the fastest that takes the product. Tile and splits are then the measured ones, or the nearest
-that the product has: the native module says which it has (cuda_division).
+that the product has: the native module says which it has (cuda_division). For another number of tokens they are the
+counted ones where the measured tile pads m to more rows than the counted one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ NAMES = ("cuda.gemv", "cuda.sm90", "cuda.sm80")
 """The rows that are measured, in the order of the registry."""
 REACH = 2
 """4096 x 11008 is 1.43 from 4096 x 4096, 1024 x 8192 is 3."""
-OPERANDS = ("int8", "e4m3", "float16", "bfloat16")
+PLANES = {"int8": (1, 2), "e4m3": (1,), "float16": (1,), "bfloat16": (1, 2, 4)}
+"""Of each kind of operand: how many a row of activations may become."""
 
 
 def planes(problem: Problem) -> int:
@@ -108,14 +110,23 @@ def tile_of(kernel: str, plan) -> Tile:
     return Tile(kernel, plan.tile, plan.tile_size, plan.splits)
 
 
+def refusal_of_size(rows: int, n: int) -> str | None:
+    """Why a product is beyond what csrc/cuda counts in 32 bits, or None."""
+    if rows <= 1 << 30 and rows * n <= 1 << 40:
+        return None
+    return f"{rows} rows of operands by {n} outputs are more than 2^30 rows or 2^40 sums"
+
+
 def _refusal(row: Row, here: Conditions) -> str | None:
     form, config = row.form, row.config
     if config.kernel not in NAMES:
         return f"{config.kernel!r} is none of {', '.join(NAMES)}"
-    if form.operand not in OPERANDS or form.scale not in ("none", "e8m0", "e4m3") or form.planes not in (1, 2, 4):
+    if form.planes not in PLANES.get(form.operand, ()) or form.scale not in ("none", "e8m0", "e4m3"):
         return f"there are no {form.planes} planes of {form.operand} with {form.scale} scales"
+    if (form.scale == "none") != (form.group_size == 0):
+        return f"there are no groups of {form.group_size} inputs with {form.scale} scales"
     rows = row.m * form.planes
-    if max(rows, form.n, form.k, config.tile, config.splits) >= 1 << 30 or rows * form.n >= 1 << 40:
+    if refusal_of_size(rows, form.n) or max(form.n, form.k, config.tile, config.splits) >= 1 << 30:
         return f"{rows} rows of operands, tile {config.tile} and splits = {config.splits} are beyond all products"
     if config.tile < 0 or config.splits < 1:
         return f"tile {config.tile} and splits = {config.splits} are none"
@@ -132,7 +143,7 @@ def _refusal(row: Row, here: Conditions) -> str | None:
     return None
 
 
-KIND = Kind("cuda", "llmfp4 cuda tiles", 1, Conditions, Row, _refusal, "counted")
+KIND = Kind("cuda", "llmfp4 cuda tiles", 2, Conditions, Row, _refusal, "counted")
 
 
 def known(machine: Machine, device: torch.device) -> Known:
@@ -164,6 +175,15 @@ def nearest(rows: tuple[Row, ...], form: Form, m: int, kernels: Container[str]) 
     return min(serving, key=distance, default=None)
 
 
+def rows_of_tile(plan) -> int:
+    return int(plan.tile_size.split("x")[1])
+
+
+def _padded(plan, rows: int) -> int:
+    """Rows of all tiles."""
+    return -(-rows // rows_of_tile(plan)) * rows_of_tile(plan)
+
+
 def choose(known: Known, form: Form, m: int, kernels: Container[str], multiprocessors: int) -> tuple[Tile, str] | None:
     """(the measured row of the registry, its tile and splits, as far as the product has them; where it is from)."""
     row, path = known.find(lambda rows: nearest(rows, form, m, kernels))
@@ -171,8 +191,12 @@ def choose(known: Known, form: Form, m: int, kernels: Container[str], multiproce
         return None
     kernel, config = row.config.kernel, row.config
     first, last = division(kernel, form, m, multiprocessors).tiles
-    tile = min(max(config.tile, first), last)
-    most = division(kernel, form, m, multiprocessors, tile).most_splits
-    plan = division(kernel, form, m, multiprocessors, tile, min(config.splits, most))
+    plan = division(kernel, form, m, multiprocessors, min(max(config.tile, first), last))
+    counted = division(kernel, form, m, multiprocessors)
+    rows = m * form.planes
+    if row.m == m or _padded(plan, rows) <= _padded(counted, rows):
+        plan = division(kernel, form, m, multiprocessors, plan.tile, min(config.splits, plan.most_splits))
+    else:
+        plan = counted
     source = f"measured at m = {row.m}, n = {row.form.n}, k = {row.form.k}, {row.date}, commit {row.commit}, in {path}"
     return tile_of(kernel, plan), source

@@ -52,7 +52,7 @@ def candidates(form: Form, m: int, kernels: list[str], multiprocessors: int) -> 
             divided = functools.partial(cuda_choices.division, kernel, form, m, multiprocessors)
             first, last = divided().tiles
             plans = [divided(tile) for tile in range(first, last + 1)]
-            rows = [int(plan.tile_size.split("x")[1]) for plan in plans]
+            rows = [cuda_choices.rows_of_tile(plan) for plan in plans]
             for plan, tile_rows in zip(plans, rows):
                 if tile_rows > min(rows) and tile_rows >= 2 * m * form.planes:
                     continue

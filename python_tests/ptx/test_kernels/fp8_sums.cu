@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(128)
         for (int r = 0; r < 4; ++r) words[r] = a[(row + r % 2 * 8) * 8 + r / 2 * 4 + word];
         for (auto& w : words) settle(w);
         products_begin();
-        multiply_add(E4M3{}, sum, words, blocks_at(x, sizeof x[0]));
+        multiply_add(E4M3{}, Columns<32>{}, sum, words, blocks_at(x, sizeof x[0]));
         products_commit();
         wait_for_products();
         for (auto& four : sum)
