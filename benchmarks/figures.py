@@ -5,6 +5,7 @@ The README shows the first shape of products, results/products.md all of them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ import tables
 import tables_speed
 from result_file import lines_of
 from tables import where
+
+from llmfp4_kernels.errors import BadFile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,13 +82,18 @@ def fill(text: str, results: Path) -> str:
     return text
 
 
-def main() -> int:
+def main(argv=None) -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     readme = ROOT / "README.md"
     text = readme.read_text()
     if "<!-- figures: begin -->" not in text:
         sys.exit(f"{readme} has no figures markers")
-    readme.write_text(fill(text, RESULTS))
-    products = tables_speed.gemm_tables(lines_of(RESULTS / "gemm.jsonl"))
+    try:
+        filled, products = fill(text, RESULTS), tables_speed.gemm_tables(lines_of(RESULTS / "gemm.jsonl"))
+    except BadFile as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    readme.write_text(filled)
     if products:
         text = "\n\n".join("\n".join(part) for part in products).replace("`results/", "`")
         (RESULTS / "products.md").write_text(f"# Products of every shape\n\n{text}\n")

@@ -16,13 +16,13 @@ import arguments
 import torch
 from adapters import adapters, versions
 from bench import Contender, compare
-from operands import Weight
+from operands import TOKENS, Weight
 from ours import fp4
 from result_file import recorder
 from roofline import ceilings
 from shared_cases import LINEAR_SHAPES
 
-from llmfp4_kernels.errors import BadInput, NoKernel
+from llmfp4_kernels.errors import BadInput, LLMFP4Error, NoKernel
 
 SCHEMES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16",
            "llm-fp4-a16:bf16", "mxfp4", "nvfp4")  # fmt: skip
@@ -63,6 +63,7 @@ def measure(n: int, k: int, options, record) -> None:
     """All m and thread counts of one shape."""
     weight = Weight(n, k)
     entered = contenders(weight, options.schemes, options.rivals, options.kernels, options.warm)
+    entered = [contender for contender in entered if takes(contender, TOKENS)]
     errors = {contender.name: weight.error(contender) for contender in entered}
     for threads, m in itertools.product(options.threads, options.m):
         torch.set_num_threads(threads)
@@ -108,8 +109,12 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     options.rivals = [name for name in options.rivals if name != FIRST]
     record = recorder(options.out, line, versions=versions(), wait_policy=os.environ.get("OMP_WAIT_POLICY", ""))
-    for n, k in LINEAR_SHAPES[options.model] if options.model else options.shapes:
-        measure(n, k, options, record)
+    try:
+        for n, k in LINEAR_SHAPES[options.model] if options.model else options.shapes:
+            measure(n, k, options, record)
+    except LLMFP4Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

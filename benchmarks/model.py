@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 
 import arguments
 import ours
@@ -16,9 +17,10 @@ import rivals
 import torch
 from operands import Weight
 from result_file import recorder
+from shared_cases import random_x
 
 from llmfp4_kernels import FP4Linear
-from llmfp4_kernels.errors import BadInput
+from llmfp4_kernels.errors import BadInput, LLMFP4Error
 from llmfp4_kernels.evaluate import compare_rates
 
 SHAPES = {
@@ -38,15 +40,49 @@ def dense_model(name: str):
     return LlamaForCausalLM(LlamaConfig(**SHAPES[name], max_position_embeddings=2048)).eval()
 
 
-def packed_model(model, recipe: str):
-    """A bfloat16 copy whose linear layers hold random packed weights of the recipe; lm_head stays bfloat16."""
-    model = copy.deepcopy(model).to(torch.bfloat16)
+def packed_model(model, recipe: str, tokens: tuple[int, ...]):
+    """A bfloat16 copy whose linear layers hold random packed weights of the recipe; lm_head stays bfloat16.
+
+    Raises NoKernel where the first layer of a shape is wrong for so many tokens.
+    """
+    model, checked = copy.deepcopy(model).to(torch.bfloat16), set()
     linears = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     for name, linear in linears:
         if name != "lm_head":
-            packed = ours.packed_weight(Weight(linear.out_features, linear.in_features), recipe)[1]
-            model.set_submodule(name, FP4Linear.from_packed(packed.to("cpu")))
+            weight = Weight(linear.out_features, linear.in_features)
+            probe, packed = ours.packed_weight(weight, recipe)
+            layer = FP4Linear.from_packed(packed.to("cpu"))
+            model.set_submodule(name, layer)
+            if linear.weight.shape not in checked:
+                require_right(layer, ours.check_of(recipe, weight, probe, torch.bfloat16), tokens)
+                checked.add(linear.weight.shape)
     return model
+
+
+def require_right(layer: FP4Linear, check: Callable, tokens: tuple[int, ...]) -> None:
+    for m in tokens:
+        x = random_x(m, layer.in_features, torch.bfloat16)
+        with torch.inference_mode():
+            check(x, layer(x))
+
+
+def measure(name: str, options, record: Callable[[dict], None]) -> None:
+    """All formats and thread counts of one model."""
+    dense = dense_model(name)
+    models = {"fp32": dense, "bf16": copy.deepcopy(dense).to(torch.bfloat16)}
+    try:
+        models["torch-int4"] = rivals.torch_int4(dense)
+    except BadInput as error:
+        print(f"torch-int4 is left out: {error}", flush=True)
+    models |= {recipe: packed_model(dense, recipe, (1, options.prefill)) for recipe in options.recipes}
+    ids = torch.arange(options.prefill) * 37 % SHAPES[name]["vocab_size"]
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        rates = compare_rates(models, ids, options.prompt, options.decode, options.repeats)
+        for kind in models:
+            about = {"model": name, "name": kind, "threads": threads, "prompt": options.prompt}
+            about |= {"prefill_tokens": options.prefill, "decode_tokens": options.decode}
+            record(about | {phase: rates[phase][kind] for phase in ("decode", "prefill")})
 
 
 def main(argv=None) -> int:
@@ -62,22 +98,14 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     record = recorder(options.out, lambda row: f"{row['model']:20} {row['name']:14} t={row['threads']} "
                       f"decode {row['decode']:8.2f} tokens/s, prefill {row['prefill']:8.1f} tokens/s")  # fmt: skip
-    for name in options.models:
-        dense = dense_model(name)
-        models = {"fp32": dense, "bf16": copy.deepcopy(dense).to(torch.bfloat16)}
-        try:
-            models["torch-int4"] = rivals.torch_int4(dense)
-        except BadInput as error:
-            print(f"torch-int4 is left out: {error}", flush=True)
-        models |= {recipe: packed_model(dense, recipe) for recipe in options.recipes}
-        ids = torch.arange(options.prefill) * 37 % SHAPES[name]["vocab_size"]
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            rates = compare_rates(models, ids, options.prompt, options.decode, options.repeats)
-            for kind in models:
-                about = {"model": name, "name": kind, "threads": threads, "prompt": options.prompt}
-                about |= {"prefill_tokens": options.prefill, "decode_tokens": options.decode}
-                record(about | {phase: rates[phase][kind] for phase in ("decode", "prefill")})
+    if options.prompt > options.prefill:
+        parser.error(f"argument --prompt: {options.prompt} tokens are no part of --prefill's {options.prefill}")
+    try:
+        for name in options.models:
+            measure(name, options, record)
+    except LLMFP4Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

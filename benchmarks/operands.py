@@ -57,8 +57,12 @@ class Weight:
         return x, x.double() @ self.probe.double().T
 
     def error(self, contender) -> float:
-        """|y - exact| / |exact| (Frobenius) of a contender on the held-out tokens."""
+        """|y - exact| / |exact| (Frobenius) of a contender on the held-out tokens.
+
+        Raises NoKernel where its forced kernel does not take them.
+        """
         x, exact = self.held_out
+        contender.kernel(len(x))  # a call keeps the kernel that was chosen first for this many rows
         with torch.inference_mode():
             y = contender.calls[0](x.to(contender.device, contender.x_dtype))[:, : len(self.probe)].cpu().double()
         return ((y - exact).norm() / exact.norm()).item()

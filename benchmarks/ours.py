@@ -88,7 +88,7 @@ def random_codes(weight: Weight, recipe: str) -> tuple[PackedFP4, PackedFP4]:
     return probe, _all_rows(weight, probe)
 
 
-def _check(name: str, weight: Weight, probe: PackedFP4, dtype: torch.dtype, sums: float):
+def check_of(name: str, weight: Weight, probe: PackedFP4, dtype: torch.dtype, sums: float = SUMS):
     """Exact integer products by their bits, others within the bound of fp32 sums and of the result's rounding."""
     if probe.integer:
         return Bits(name, weight, probe)
@@ -134,12 +134,15 @@ def _contender(weight, recipe, probe_and_packed, dtype, forced, warm, device, su
         try:
             if forced or before:
                 os.environ[registry.FORCE] = forced or before
-            return {call.choose(m, DTYPES[dtype])[0].name for call in calls}.pop()
+            names = {call.choose(m, DTYPES[dtype])[0].name for call in calls}
         finally:
             os.environ.pop(registry.FORCE, None)
             if before:
                 os.environ[registry.FORCE] = before
+        if len(names) > 1:
+            raise NoKernel(f"refusing to time {name}: its copies run on {' and '.join(sorted(names))}")
+        return names.pop()
 
     unit = "int8" if Problem.of(probe, 1, torch.float32).grouped or probe.integer else "float"
-    check = _check(name, weight, probe, DTYPES[dtype], sums)
+    check = check_of(name, weight, probe, DTYPES[dtype], sums)
     return Contender(name, calls, check, DTYPES[dtype], packed.nbytes, unit, device=device, kernel=kernel)

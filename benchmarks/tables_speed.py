@@ -28,11 +28,20 @@ def is_rival(row: dict) -> bool:
 
 
 def problems(rows: list[dict]) -> dict[tuple[int, int, int], list[dict]]:
-    """Rows by (n, k, threads); the last of rows with the same name and m counts."""
+    """Rows by (n, k, threads). Of each m those of the last run count, for times of two runs are no pairs."""
+    last = {(row["n"], row["k"], row["threads"], row["m"]): _run(row) for row in rows}
     found: dict[tuple, dict] = {}
     for row in rows:
-        found.setdefault((row["n"], row["k"], row["threads"]), {})[row["name"], row["m"]] = row
+        key = row["n"], row["k"], row["threads"]
+        if _run(row) == last[(*key, row["m"])]:
+            found.setdefault(key, {})[row["name"], row["m"]] = row
     return {key: list(by_name.values()) for key, by_name in found.items()}
+
+
+def _run(row: dict) -> tuple:
+    """What rows of one run have in common."""
+    machine = row.get("machine")
+    return machine.get("date") if isinstance(machine, dict) else None, row.get("commit")
 
 
 def faster(row: dict, rows: list[dict], among: Callable[[str], bool]) -> float | None:
@@ -53,7 +62,7 @@ def _about(key: tuple[int, int, int], rows: list[dict]) -> str:
     others = f", {row['others']} CPUs busy with other things" if row.get("others", 0) > 0.1 else ""
     return (
         f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{turns} (`results/gemm.jsonl`, "
-        f"{where(row)}{others}{_unsteady(rows)})"
+        f"{where(row, dict(enumerate(rows)))}{others}{_unsteady(rows)})"
     )
 
 

@@ -115,7 +115,7 @@ def test_models_are_timed_with_their_layers_packed(tmp_path, threads, monkeypatc
     shapes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
                   num_key_value_heads=1, vocab_size=96)  # fmt: skip
     monkeypatch.setitem(model.SHAPES, "tiny", shapes)
-    packed = model.packed_model(model.dense_model("tiny"), "mxfp4")
+    packed = model.packed_model(model.dense_model("tiny"), "mxfp4", (1, 6))
     assert sum(isinstance(part, model.FP4Linear) for part in packed.modules()) == 7
     assert type(packed.lm_head) is torch.nn.Linear
     model.main(["--models", "tiny", "--recipes", "minmax-w4a4", "--threads", "1", "--prefill", "6", "--prompt", "3",
@@ -123,6 +123,67 @@ def test_models_are_timed_with_their_layers_packed(tmp_path, threads, monkeypatc
     rows = lines(out)
     assert [row["name"] for row in rows] == ["fp32", "bf16", "torch-int4", "minmax-w4a4"]
     assert len(tables_speed.model_table(rows)) == 4 + 4
+
+
+def test_models_with_a_wrong_layer_are_not_timed(threads, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    model = importlib.import_module("model")
+    monkeypatch.setitem(model.SHAPES, "tiny", dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=1, vocab_size=96))  # fmt: skip
+    right = model.FP4Linear.forward
+    monkeypatch.setattr(model.FP4Linear, "forward", lambda layer, x: right(layer, x) * (1 if len(x) == 1 else 1.01))
+    options = ["--models", "tiny", "--prefill", "6", "--prompt", "3", "--decode", "2", "--threads", "1"]
+    for recipe in ("minmax-w4a4", "mxfp4"):
+        assert model.main([*options, "--recipes", recipe]) == 2
+        said = capsys.readouterr()
+        assert f"error: refusing to time {recipe}" in said.err and "tokens/s" not in said.out
+
+
+def test_a_prompt_is_a_part_of_the_prefill(capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("model").main(["--prefill", "8", "--prompt", "9"])
+    assert "--prompt: 9 tokens are no part of --prefill's 8" in capsys.readouterr().err
+
+
+def test_a_forced_kernel_runs_at_every_m(tmp_path, threads, monkeypatch):
+    """At the number of tokens, too, that errors are taken on; what refuses is left out, what is wrong a sentence."""
+    monkeypatch.setattr(roofline, "_best", lambda call: 1.0)
+    monkeypatch.setattr(bench, "MOST_COPIES", 2)
+    options = ["--shapes", "64x128", "--threads", "1", "--rounds", "2", "--budget", "0", "--rivals", "--schemes",
+               "minmax-w4a4", "--kernels", "cpu.scalar", "cuda.gemv", "--m"]  # fmt: skip
+    assert gemm.main([*options, "63", "64", "--out", str(tmp_path / "a.jsonl")]) == 0
+    rows = [row for row in lines(tmp_path / "a.jsonl") if row["name"] != "torch fp32"]
+    assert [(row["m"], row["kernel"]) for row in rows] == [(63, "cpu.scalar"), (64, "cpu.scalar")]
+
+
+def test_a_wrong_kernel_ends_in_a_sentence(threads, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "MOST_COPIES", 2)
+    right = importlib.import_module("llmfp4_kernels.reference").gemm
+    monkeypatch.setattr(gemm.fp4.__globals__["reference"], "gemm", lambda *args: right(*args) * 2)
+    options = ["--shapes", "64x128", "--threads", "1", "--m", "1", "--rounds", "2", "--rivals", "--schemes"]
+    assert gemm.main([*options, "minmax-w4a4"]) == 2
+    assert capsys.readouterr().err.startswith("error: refusing to time minmax-w4a4, which is wrong at m = 1")
+
+
+def test_times_of_two_runs_are_no_pairs():
+    """Of each m the last run counts, and commits are all named."""
+    of = lambda day: {"machine": {"cpu": "x", "cores": 2, "date": day}, "commit": f"{day}000000000"}  # noqa: E731
+    old = [ROW | of("a") | {"name": name, "m": m, "ratio": 1.0} for name in ("torch fp32", "b") for m in (1, 8)]
+    new = ROW | of("b") | {"name": "torch fp32", "m": 1, "ratio": 1.0}
+    found = tables_speed.problems([*old, new])[64, 64, 1]
+    assert [(row["name"], row["m"], row["commit"][0]) for row in found] == [
+        ("torch fp32", 8, "a"), ("b", 8, "a"), ("torch fp32", 1, "b")]  # fmt: skip
+    assert "commit a000000000, b000000000" in tables_speed.rivals_table((64, 64, 1), found)[0]
+
+
+def test_figures_take_no_options_and_say_what_is_damaged(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        figures.main(["--nonsense"])
+    (tmp_path / "gemm.jsonl").write_text("{")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    before = (figures.ROOT / "README.md").read_bytes()
+    assert figures.main([]) == 2 and "is no JSON object" in capsys.readouterr().err
+    assert (figures.ROOT / "README.md").read_bytes() == before
 
 
 def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):

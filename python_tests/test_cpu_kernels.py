@@ -9,7 +9,7 @@ from cases import ELEMENT_PAIRS, GROUP_SCALES, ODD_SHAPES, random_packed, random
 
 from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends.cpu import KERNELS, Prepared, largest_k
-from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, FP4_ELEMENTS
+from llmfp4_kernels.formats import E1M2, E2M1, E3M0, E4M3, FP4_ELEMENTS, INTEGER, Dynamic
 from llmfp4_kernels.problem import Problem
 from llmfp4_kernels.registry import choose
 
@@ -38,6 +38,45 @@ def test_w4a4_bits(kernel, pair, threads):
             for count in (1, 2, 3):
                 threads(count)
                 assert same_bits(prepared.run(kernel, x), expected), (m, n, k, shift, dtype, count)
+
+
+MANY = [(300, 40, 200), (20, 40, 3000), (70, 33, 2100)]
+"""More rows than a block of the AMX kernels holds, more inputs than one of their panels."""
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("shape", MANY, ids=str)
+def test_many_rows_and_inputs(kernel, shape, threads):
+    """Rows enough for several threads to convert them."""
+    m, n, k = shape
+    static, two_planes = random_packed(n, k, E2M1, E2M1, True), random_packed(n, k, E2M1, E3M0, True)
+    dynamic = dataclasses.replace(random_packed(n, k, E2M1), activation=E2M1, dynamic=Dynamic(16, INTEGER))
+    for packed in (static, two_planes, dynamic):
+        x, prepared = random_x(m, k, torch.bfloat16), Prepared(packed, None)
+        expected = reference.gemm(x, packed).to(x.dtype)
+        for count in (1, 2, 3):
+            threads(count)
+            assert same_bits(prepared.run(kernel, x), expected), (packed.scheme, count)
+    for packed in (random_packed(n, k, E2M1), random_packed(n, k, E2M1, scale=E4M3, group_size=16)):
+        prepared, results = Prepared(packed, None), []
+        for dtype in (torch.float32, torch.bfloat16):
+            x = random_x(m, k, dtype)
+            exact = x.double() @ reference.dequantize(packed, torch.float64).T
+            bound = summation_bound(x, packed) + exact.abs() * (0 if dtype == torch.float32 else 2.0**-8)
+            for count in (1, 3):
+                threads(count)
+                results.append(prepared.run(kernel, x))
+                assert ((results[-1].double() - exact).abs() <= bound).all(), (dtype, count)
+            assert same_bits(*results[-2:])
+
+
+def test_tokens_below_the_smallest_scale():
+    """A token's scale is that of 2^-100 at least: what is far below becomes zeros."""
+    packed = dataclasses.replace(random_packed(40, 200, E2M1), activation=E2M1, dynamic=Dynamic(16, INTEGER))
+    token = dataclasses.replace(packed, dynamic=Dynamic())
+    x = random_x(12, 200) * torch.ldexp(torch.ones(12, 1), -torch.arange(90, 138, 4)[:, None])
+    for one, kernel in itertools.product((packed, token), AVAILABLE):
+        assert same_bits(Prepared(one, None).run(kernel, x), reference.gemm(x, one)), kernel.name
 
 
 def summation_bound(x, packed, bias=None):

@@ -15,7 +15,7 @@ FOLDER = Path(package.__file__).parent
 INTEGER, PLANES, SHARED_K, GROUPED, PARTS, GROUPS = "integer", "planes", "shared k", "grouped", "parts", "groups"
 FP8, CANCELLING = "8-bit floats", "8-bit floats that cancel"
 MUTANTS = [
-    (INTEGER, "product.py", "rows past the end are read", "(rows % half)", "rows", "OutOfBounds"),
+    (INTEGER, "product.py", "rows past the end are read", "(rows % half)", "rows", "OutOfBounds Race"),
     (INTEGER, "product.py", "tokens past the end are read", "(tokens % m)", "tokens", "OutOfBounds"),
     (INTEGER, "product.py", "codes past the end of k", "inputs[None, :] < padded_k", "inputs[None, :] < padded_k + BLOCK_K", "OutOfBounds"),
     (INTEGER, "product.py", "inputs past the end of k", "inputs[:, None] < k, other=zero)", "inputs[:, None] < k + 64, other=zero)", "OutOfBounds"),

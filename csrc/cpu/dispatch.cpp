@@ -25,7 +25,9 @@ bool has_dot_product() {
 #endif
 
 #if LLMFP4_X86
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -54,7 +56,7 @@ const Kernels table[] = {
     {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 9, 5, w4a4_amx, w4a8_grouped_amx, w4a16_amx, peak_amx},
     {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1, w4a4_avx512vnni,
      w4a8_grouped_avx512vnni, w4a16_avx512vnni, peak_avx512vnni},
-    {"avx2", "avx2 fma", has_avx2, 1, 1, w4a4_avx2, w4a8_grouped_avx2, w4a16_avx2, peak_avx2},
+    {"avx2", "avx2 fma f16c", has_avx2, 1, 1, w4a4_avx2, w4a8_grouped_avx2, w4a16_avx2, peak_avx2},
 #endif
     {"scalar", "", always, 1, 1, w4a4_scalar, w4a8_grouped_scalar, w4a16_scalar, peak_scalar},
 };
