@@ -85,3 +85,19 @@ def test_a_row_without_value_leaves_the_others_alone(kernel, dtype, special):
     assert same_bits(y[[0, 2]], whole[[0, 2]])
     assert not y[1].isfinite().any()
     assert not Prepared(packed, None).run(kernel, x[1:2]).isfinite().any()
+
+
+@pytest.mark.parametrize("kernel", FOR_FEW_ROWS, ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_far_below_the_largest_or_one(kernel, dtype):
+    """Small inputs beside a huge one that meets zero weights, and a sparse row below the exponents of digits."""
+    packed = random_packed(40, 256, E2M1)
+    packed.codes[:, 2] &= 0x0F  # input 5
+    huge, sparse = torch.zeros(2, 1, 256)
+    huge[0, 5], huge[0, 7], huge[0, 200] = 2.0**100, 1.5 * 2.0**-105, 2.0**-90
+    sparse[0, 3], sparse[0, 70] = 1.25 * 2.0**-115, 2.0**-118
+    w, prepared = reference.dequantize(packed, torch.float64), Prepared(packed, None)
+    assert not w[:, 5].any()
+    for x in (huge.to(dtype), sparse.to(dtype)):
+        y, exact = prepared.run(kernel, x).double(), x.double() @ w.T
+        assert ((y - exact).abs() <= exact.abs() * (HALF_ULP[dtype] + 2.0**-20)).all() and exact.any()
