@@ -13,6 +13,7 @@ import machine
 import torch
 
 from llmfp4_kernels.backends.graphs import GraphTurns
+from llmfp4_kernels.errors import BadInput, NoKernel
 
 MOST_COPIES = 128
 WARM_UP = 1.0
@@ -37,6 +38,17 @@ class Contender:
     device: str = "cpu"
     kernel: Callable[[int], str] = lambda m: ""
     """What runs for m rows; asked before these are timed."""
+
+
+def entrants(makers: dict[str, Callable[[], Contender]]) -> list[Contender]:
+    """What the makers make; those that cannot take part are left out with a sentence."""
+    made = []
+    for name, make in makers.items():
+        try:
+            made.append(make())
+        except (ImportError, NoKernel, BadInput) as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return made
 
 
 def last_level_cache() -> int:

@@ -15,14 +15,14 @@ import sys
 import arguments
 import torch
 from adapters import adapters, versions
-from bench import Contender, compare
+from bench import Contender, compare, entrants
 from operands import TOKENS, Weight
 from ours import fp4
 from result_file import recorder
 from roofline import ceilings
 from shared_cases import LINEAR_SHAPES
 
-from llmfp4_kernels.errors import BadInput, LLMFP4Error, NoKernel
+from llmfp4_kernels.errors import LLMFP4Error, NoKernel
 
 SCHEMES = ("llm-fp4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8-int", "nvfp4-a8-int", "llm-fp4-a16",
            "llm-fp4-a16:bf16", "mxfp4", "nvfp4")  # fmt: skip
@@ -32,8 +32,8 @@ FIRST = "torch-fp32"
 def contenders(
     weight: Weight, schemes: list[str], rivals: list[str], kernels: list[str], warm: bool
 ) -> list[Contender]:
-    """FIRST, then ours, then the rivals; those that cannot take part are left out with a sentence."""
-    known, made = adapters(), []
+    """FIRST, then the rivals, then ours, as far as they can take part."""
+    known = adapters()
     makers = {name: functools.partial(known[name], weight, warm=warm) for name in (FIRST, *rivals)}
     for scheme in schemes:
         recipe, _, dtype = scheme.partition(":")
@@ -41,12 +41,7 @@ def contenders(
             makers[f"{scheme} {kernel or ''}"] = lambda r=recipe, d=dtype, k=kernel: fp4(
                 weight, r, d or "fp32", k, warm
             )
-    for name, make in makers.items():
-        try:
-            made.append(make())
-        except (ImportError, NoKernel, BadInput) as error:
-            print(f"{name} is left out: {error}", flush=True)
-    return made
+    return entrants(makers)
 
 
 def takes(contender: Contender, m: int) -> bool:

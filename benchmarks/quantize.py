@@ -13,7 +13,7 @@ from collections.abc import Callable
 import arguments
 import ggml
 import torch
-from bench import Contender, compare
+from bench import Contender, compare, entrants
 from operands import GROUP
 from result_file import recorder
 from rivals import dequantize_int4, quantize_int4
@@ -78,12 +78,7 @@ def measure(n: int, k: int, options, record: Callable[[dict], None]) -> None:
     makers |= {f"llama.cpp {kind}": functools.partial(llama_cpp, kind, k) for kind in ggml.TYPES}
     makers |= {f"bitsandbytes {kind}": functools.partial(bitsandbytes, kind) for kind in ("fp4", "nf4")}
     makers["torch int4"] = functools.partial(torch_int4, k)
-    entered = []
-    for name, make in makers.items():
-        try:
-            entered.append(make())
-        except (ImportError, NoKernel, BadInput) as error:
-            print(f"{name} is left out: {error}")
+    entered = entrants(makers)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) / k**0.5
     for threads in options.threads:
         torch.set_num_threads(threads)

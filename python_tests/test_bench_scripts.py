@@ -109,12 +109,14 @@ def test_quantizers_are_checked_and_recorded(tmp_path, threads):
         quantize.Near("none", torch.zeros_like)(torch.ones(2, 2), torch.ones(2, 2))
 
 
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=96)  # fmt: skip
+
+
 def test_models_are_timed_with_their_layers_packed(tmp_path, threads, monkeypatch):
     pytest.importorskip("transformers")
     model, out = importlib.import_module("model"), tmp_path / "m.jsonl"
-    shapes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-                  num_key_value_heads=1, vocab_size=96)  # fmt: skip
-    monkeypatch.setitem(model.SHAPES, "tiny", shapes)
+    monkeypatch.setitem(model.SHAPES, "tiny", TINY)
     packed = model.packed_model(model.dense_model("tiny"), "mxfp4", (1, 6))
     assert sum(isinstance(part, model.FP4Linear) for part in packed.modules()) == 7
     assert type(packed.lm_head) is torch.nn.Linear
@@ -128,8 +130,7 @@ def test_models_are_timed_with_their_layers_packed(tmp_path, threads, monkeypatc
 def test_models_with_a_wrong_layer_are_not_timed(threads, monkeypatch, capsys):
     pytest.importorskip("transformers")
     model = importlib.import_module("model")
-    monkeypatch.setitem(model.SHAPES, "tiny", dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                        num_attention_heads=2, num_key_value_heads=1, vocab_size=96))  # fmt: skip
+    monkeypatch.setitem(model.SHAPES, "tiny", TINY)
     right = model.FP4Linear.forward
     monkeypatch.setattr(model.FP4Linear, "forward", lambda layer, x: right(layer, x) * (1 if len(x) == 1 else 1.01))
     options = ["--models", "tiny", "--prefill", "6", "--prompt", "3", "--decode", "2", "--threads", "1"]

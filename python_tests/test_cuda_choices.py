@@ -98,7 +98,7 @@ def test_a_form_is_that_of_the_launch():
         with OnCpu([], **HOPPER):
             plan = cuda.Prepared(packed, None).plan("sm90", 5, dtype, 132)
         rows, bytes_each = 5 * form.planes, 1 if operand in ("int8", "e4m3") else 2
-        tile_rows = int(plan.tile_size.split("x")[1])
+        tile_rows = cuda_choices.rows_of_tile(plan)
         assert plan.parts[0] == -(-rows // tile_rows) * tile_rows * 384 * bytes_each
         assert plan.tile == division("cuda.sm90", form, 5, 132).tile
 

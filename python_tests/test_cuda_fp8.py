@@ -11,7 +11,7 @@ from ptx import missing
 from test_dynamic import dynamic_packed, wild_x
 
 from llmfp4_kernels import native, reference
-from llmfp4_kernels.backends import cuda, cuda_options
+from llmfp4_kernels.backends import cuda, cuda_choices, cuda_options
 from llmfp4_kernels.backends.cuda_sm90 import most_binades
 from llmfp4_kernels.formats import E2M1, E4M3, E4M3FN, E8M0, FP4_ELEMENTS, Dynamic, element
 from llmfp4_kernels.problem import Problem
@@ -84,7 +84,7 @@ def check(gpu, packed, x, bias=None, row=SM90):
 
 def rows_of_tile(gpu, x):
     plan = gpu.prepared.plans[gpu.kernel.removeprefix("cuda."), len(x), cuda.DTYPES[x.dtype]]
-    return int(plan.tile_size.split("x")[1])
+    return cuda_choices.rows_of_tile(plan)
 
 
 def with_groups(packed, size, seed=0):
