@@ -87,10 +87,6 @@ def require_input(x: torch.Tensor, n: int, k: int) -> None:
         raise BadInput(f"x of {x.dtype} {list(x.shape)} does not match a weight with n = {n}, k = {k}")
 
 
-FEW_ROWS = 16
-"""Up to which calls keep what follows from x's shape. Prompts have many shapes, and Python is little beside them."""
-
-
 def require_bias(bias: torch.Tensor | None, n: int) -> None:
     if bias is not None and (list(bias.shape) != [n] or not bias.is_floating_point()):
         raise BadInput(f"bias of {bias.dtype} {list(bias.shape)} does not match n = {n}")
@@ -107,8 +103,8 @@ class Multiplier:
     bias: torch.Tensor | None
     choices: dict[tuple[int, torch.dtype], tuple[Kernel, Prepared]] = field(default_factory=dict)
     prepared: dict[object, Prepared] = field(default_factory=dict)
-    calls: dict[tuple[torch.Size, torch.dtype], Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
-    """By shape and dtype of x, for up to FEW_ROWS, where a fifth of a small product's time goes to Python."""
+    few_rows: Callable[[torch.Tensor], torch.Tensor | None] | None = None
+    """Of the first Prepared that has one: a fifth of a small product's time would go to Python."""
 
     def __post_init__(self):
         require_bias(self.bias, self.packed.shape[0])
@@ -125,12 +121,12 @@ class Multiplier:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
         """x [..., k] → y [..., n] or, gated, [..., n/2], dtype of x; `linear` says what it holds."""
+        if self.few_rows is not None and residual is None and not gated:
+            y = self.few_rows(x)
+            if y is not None:
+                return y
         if x.is_neg():
             x = x.resolve_neg()
-        if residual is None and not gated:
-            call = self.calls.get((x.shape, x.dtype))
-            if call is not None:
-                return call(x)
         n, k = self.packed.shape
         require_input(x, n, k)
         epilogue.require_epilogue(x, n, residual, gated)
@@ -139,8 +135,9 @@ class Multiplier:
             return x.new_empty(*x.shape[:-1], n // 2 if gated else n)
         kernel, prepared = self.choose(m, x.dtype)
         if residual is None and not gated:
-            if m <= FEW_ROWS and hasattr(prepared, "bind"):
-                self.calls[x.shape, x.dtype] = prepared.bind(kernel, x.shape, x.dtype)
+            if hasattr(prepared, "few_rows"):
+                call = prepared.few_rows(kernel, m, x.dtype)
+                self.few_rows = self.few_rows or call
             return prepared.run(kernel, x)
         if kernel.fuses_epilogue:
             return prepared.run(kernel, x, residual, gated)

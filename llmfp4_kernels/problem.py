@@ -80,7 +80,11 @@ class Prepared(Protocol):
     """A weight in the layout of a backend, ready to multiply."""
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """x [..., k] → y [..., n] of x's dtype. `bind(kernel, shape, dtype)`, if there is one, returns it as f(x)."""
+        """x [..., k] → y [..., n] of x's dtype.
+
+        `few_rows(kernel, m, dtype)`, if there is one, returns None or f: f(x) is the same for m rows of this dtype, and
+        for what it was asked for before; for any other x it is None.
+        """
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from ..problem import Kernel, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Call = Callable[[torch.Tensor], "torch.Tensor | None"]
+
 
 class Prepared:
     """Tiles, scales and bias of one weight, and the C++ object that holds their addresses."""
@@ -48,25 +50,26 @@ class Prepared:
             self._linear.quantize_activations(packed.activation.fields, packed.x_scale.item())
 
     def run(self, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
-        return self.bind(kernel, x.shape, x.dtype)(x)
+        if not x.is_cpu:
+            raise BadInput(f"x is on {x.device}, the weight on the CPU")
+        x, m = x.contiguous(), x.numel() // self.k
+        y = x.new_empty(*x.shape[:-1], self.n)
+        if not x.data_ptr():
+            raise BadInput(f"x of {x.dtype} {list(x.shape)} has no memory of its own")
+        threads = torch.get_num_threads()
+        self._linear.run(_handle(kernel.name), x.data_ptr(), self.k, y.data_ptr(), m, _dtype(x.dtype), threads)
+        return y
 
-    def bind(self, kernel: Kernel, shape: torch.Size, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`run` for x of this shape and dtype, with all that follows from them known. Raises BadInput off the CPU."""
-        out, m, k = (*shape[:-1], self.n), shape.numel() // self.k, self.k
-        run, handle, kind = self._linear.run, _handle(kernel.name), _dtype(dtype)
+    @functools.cached_property
+    def _few_rows(self):
+        return native.module().few_rows(self._linear, self.tensors, torch.Tensor, torch.get_num_threads)
 
-        def call(x: torch.Tensor) -> torch.Tensor:
-            if not x.is_cpu:
-                raise BadInput(f"x is on {x.device}, the weight on the CPU")
-            if not x.is_contiguous():
-                x = x.contiguous()
-            y, address = x.new_empty(*out), x.data_ptr()
-            if not address:
-                raise BadInput(f"x of {x.dtype} {list(x.shape)} has no memory of its own")
-            run(handle, address, k, y.data_ptr(), m, kind, torch.get_num_threads())
-            return y
-
-        return call
+    def few_rows(self, kernel: Kernel, m: int, dtype: torch.dtype) -> Call | None:
+        """See problem.Prepared. None where torch lacks the C API of DLPack that tells where x lies."""
+        if self._few_rows is None or m > self._few_rows.most:
+            return None
+        self._few_rows.add(_handle(kernel.name), m, _dtype(dtype))
+        return self._few_rows.call
 
 
 @functools.cache
