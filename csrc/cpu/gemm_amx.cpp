@@ -44,7 +44,8 @@ inline TileRows integer_bf16_tiles(const Weights& w, const Activation& a, const 
 
 inline TileRows bf16_tiles(const Weights& w, const float* x_factor, const Call& call) {
     const size_t padded_k = w.at.padded_k(), part = TileRows::bytes(call.m, 2 * padded_k);
-    const int parts = parts_of(call.dtype, w.smoothed), threads = long(call.m) * w.at.k < 65536 ? 1 : call.threads;
+    const int parts = parts_of(call.dtype, w.smoothed),
+              threads = threads_to_convert(long(call.m) * w.at.k, call.threads);
     const TileRows x{static_cast<char*>(workspace(slot_rows, parts * part)), int(2 * padded_k) / step_bytes, parts,
                      part};
     with_dtype(call.dtype, [&](auto type) {

@@ -42,7 +42,8 @@ template <class Place, class Placed>
 inline void quantize_rows(const Weights& w, const Activation& a, const Call& call, const IntegerRows& x,
                           const Place& place, const Placed& placed) {
     const int padded_k = int(w.at.padded_k());
-    const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
+    const int effort = a.dynamic && a.group_size ? 2 : 1;
+    const int threads = threads_to_convert(effort * long(call.m) * padded_k, call.threads);
     with_dtype(call.dtype, [&](auto type) {
         const auto* source = static_cast<const decltype(type)*>(call.x);
         parallel_ranges(threads, call.m, [&](long begin, long end) {

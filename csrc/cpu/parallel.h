@@ -30,4 +30,7 @@ void parallel_ranges(int threads, long count, F&& f) {
         &context);
 }
 
+// Threads worth waking to convert so many numbers.
+inline int threads_to_convert(long numbers, int threads) { return numbers < 65536 ? 1 : threads; }
+
 }  // namespace llmfp4::cpu

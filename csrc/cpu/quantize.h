@@ -93,7 +93,7 @@ struct Factors {
     float holds[groups_at_once], below[groups_at_once], inverse_holds[groups_at_once], inverse_below[groups_at_once];
 
     // largest [groups_at_once]: of the groups, in integer units of the token.
-    Factors(const float* __restrict largest, float top, int most) {
+    LLMFP4_INLINE void choose(const float* __restrict largest, float top, int most) {
         for (int g = 0; g < groups_at_once; ++g) {  // without ceil and conditions of floats, which gcc leaves scalar
             const float needed = largest[g] / top;
             const int whole = int(needed), ceil = whole + (needed > float(whole)), some = ceil > 1 ? ceil : 1;
@@ -128,7 +128,8 @@ inline int32_t quantize_groups(const float* __restrict v, int k, int group_size,
         float largest[groups_at_once] = {};
         for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size)
             largest[g] = largest_of(v + i, size_at(i));
-        const Factors factors(largest, round.top, most);
+        Factors factors;
+        factors.choose(largest, round.top, most);
         for (int g = 0, i = begin; g < groups_at_once && i < k; ++g, i += group_size) {
             float with[2][dynamic_group_limit];
             int32_t excess = 0;
@@ -145,35 +146,38 @@ inline int32_t quantize_groups(const float* __restrict v, int k, int group_size,
 }
 
 // The same for groups of 16, which all 16 lanes hold: v [count] times `scale`, zeros up to a multiple of 256 (they
-// change neither the largest value nor an error).
+// change neither the largest value nor an error). Several blocks of 16 groups take each step together, or every step
+// waits for the end of the last.
 inline int32_t quantize_groups_of_16(const float* __restrict v, int count, float scale, int most, const Rounder& round,
                                      int8_t* __restrict out) {
-    constexpr int size = 16, block = groups_at_once * size;
-    alignas(64) int32_t totals[size] = {}, integers[block];
-    for (int begin = 0; begin < count; begin += block, v += block, out += block) {
-        const int groups = count - begin < block ? (count - begin) / size : groups_at_once;
-        alignas(64) float values[block], with[2][block], sums[groups_at_once];
-        for (int i = 0; i < block; ++i) values[i] = v[i] * scale;
-        for (int i = 0; i < block; ++i) with[0][i] = float_from_bits(magnitude_of(values[i]));
-        max_of_rows(with[0], sums);
-        const Factors factors(sums, round.top, most);
+    constexpr int size = 16, block = groups_at_once * size, most_blocks = 3, most_here = most_blocks * block;
+    alignas(64) int32_t totals[size] = {}, integers[most_here], chosen[most_blocks * groups_at_once];
+    alignas(64) float values[most_here], with[2 * most_here], sums[most_blocks * groups_at_once];
+    alignas(64) Factors factors[most_blocks];
+    for (int left = count; left > 0; left -= most_here, v += most_here, out += most_here) {
+        const int here = left < most_here ? left : most_here;
+        const int blocks = (here + block - 1) / block, groups = (here + size - 1) / size;
+        for (int i = 0; i < blocks * block; ++i) {
+            values[i] = v[i] * scale;
+            with[i] = float_from_bits(magnitude_of(values[i]));
+        }
+        for (int b = 0; b < blocks; ++b) max_of_rows(with + b * block, sums + b * groups_at_once);
+        for (int b = 0; b < blocks; ++b) factors[b].choose(sums + b * groups_at_once, round.top, most);
         for (int g = 0; g < groups; ++g)
 #pragma GCC unroll 1
             for (int i = g * size; i < (g + 1) * size; ++i)
-                values[i] = excess_of(values[i], round, factors, g, with[0][i], with[1][i]);
-        sum_of_rows(values, sums);
-        for (int i = groups * size; i < block; ++i) integers[i] = 0;
+                values[i] = excess_of(values[i], round, factors[g / groups_at_once], g % groups_at_once, with[i],
+                                      with[most_here + i]);
+        for (int b = 0; b < blocks; ++b) sum_of_rows(values + b * block, sums + b * groups_at_once);
+        for (int g = 0; g < blocks * groups_at_once; ++g) chosen[g] = sums[g] > 0 ? most_here : 0;
         for (int g = 0; g < groups; ++g) {
-            const float* __restrict best = with[sums[g] > 0] + g * size;
+            const float* __restrict best = with + chosen[g] + g * size;
 #pragma GCC unroll 1
             for (int i = 0; i < size; ++i) integers[g * size + i] = int32_t(best[i]);
         }
-        for (int i = 0; i < size; ++i)
-            for (int g = 0; g < groups_at_once; ++g) totals[i] += integers[g * size + i];
-        if (groups == groups_at_once)
-            for (int i = 0; i < block; ++i) out[i] = int8_t(integers[i]);
-        else
-            for (int i = 0; i < count - begin; ++i) out[i] = int8_t(integers[i]);
+        for (int g = 0; g < groups; ++g)
+            for (int i = 0; i < size; ++i) totals[i] += integers[g * size + i];
+        for (int i = 0; i < here; ++i) out[i] = int8_t(integers[i]);
     }
     int32_t total = 0;
     for (int i = 0; i < size; ++i) total += totals[i];
