@@ -15,7 +15,10 @@ from .backends import cuda as cuda_kernels
 from .backends import triton as triton_kernels
 from .problem import Problem
 
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
+FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16",
+)  # fmt: skip
 PACKAGES = ("llmfp4_kernels", "torch", "transformers", "safetensors", "gguf", "triton")
 
 

@@ -216,7 +216,10 @@ def test_choice_follows_m():
         assert names[0] != "cpu.amx" and names[1] == "cpu.amx"
 
 
-@pytest.mark.parametrize("features", [(), ("avx2",), ("avx2", "avx512vnni")], ids=lambda f: "+".join(f) or "none")
+X86 = ("avx2", "avx512vnni", "avx512vbmi")
+
+
+@pytest.mark.parametrize("features", [X86[:count] for count in range(4)], ids=lambda f: f[-1] if f else "none")
 def test_choice_on_lesser_cpus(features, monkeypatch):
     rows = {name: row | {"supported": name in ("scalar", *features)} for name, row in native.cpu_kernels().items()}
     monkeypatch.setattr(native, "cpu_kernels", lambda: rows)

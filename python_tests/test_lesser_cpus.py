@@ -42,13 +42,10 @@ def arm_products(folder, compiler, prefix, isas, *flags):
     """{kernel: (digest of integer products, error of W4A16 in units of its bound)} of arm_products.cpp."""
     common = [*compiler, "-O2", "-std=c++17", "-ffp-contract=off", "-DLLMFP4_X86=0", *flags, "-c"]
     objects = []
-    for source in [
-        HERE / "arm_products.cpp",
-        *CPU_SOURCES,
-        *(HERE.parent / f"csrc/cpu/gemm_{isa}.cpp" for isa in isas),
-    ]:
-        objects.append(folder / f"{source.stem}.o")
-        extra = ["-march=armv8.2-a+dotprod"] if source.stem == "gemm_neon" else []
+    sources = [(path.stem, path) for path in (HERE / "arm_products.cpp", *CPU_SOURCES)]
+    for name, source in [*sources, *((isa, HERE.parent / "csrc/cpu/gemm_isa.cpp") for isa in isas)]:
+        objects.append(folder / f"{name}.o")
+        extra = ["-march=armv8.2-a+dotprod"] if name == "neon" else []
         subprocess.run([*common, *extra, str(source), "-o", str(objects[-1])], check=True)
     program = str(folder / "arm_products")
     subprocess.run([*compiler, "-static", *map(str, objects), "-o", program, "-lpthread"], check=True)

@@ -33,6 +33,7 @@ bool has_avx512vnni() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
 // Linux hands out the 8 KiB of tile state only to processes that ask for it.
 bool has_amx() {
@@ -41,24 +42,28 @@ bool has_amx() {
     uint32_t a = 7, b = 0, c = 0, d = 0;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
-    return bf16 && tile && int8 && has_avx512vnni() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return bf16 && tile && int8 && has_avx512vbmi() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return false;
 #endif
 }
 #endif
 
+#define LLMFP4_FUNCTIONS(isa) w4a4_##isa, w4a8_grouped_##isa, w4a16_##isa, peak_##isa
+
 const Kernels table[] = {
 #if LLMFP4_ARM
-    {"neon", "asimddp", has_dot_product, 1, 1, w4a4_neon, w4a8_grouped_neon, w4a16_neon, peak_neon},
+    {"neon", "asimddp", has_dot_product, 1, 1, LLMFP4_FUNCTIONS(neon)},
 #endif
 #if LLMFP4_X86
-    {"amx", "amx_tile amx_int8 amx_bf16 avx512_vnni", has_amx, 9, 5, w4a4_amx, w4a8_grouped_amx, w4a16_amx, peak_amx},
-    {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1, w4a4_avx512vnni,
-     w4a8_grouped_avx512vnni, w4a16_avx512vnni, peak_avx512vnni},
-    {"avx2", "avx2 fma f16c", has_avx2, 1, 1, w4a4_avx2, w4a8_grouped_avx2, w4a16_avx2, peak_avx2},
+    {"amx", "amx_tile amx_int8 amx_bf16 avx512vbmi avx512_vnni", has_amx, 9, 5, LLMFP4_FUNCTIONS(amx)},
+    {"avx512vbmi", "avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni", has_avx512vbmi, 1, 1,
+     LLMFP4_FUNCTIONS(avx512vbmi)},
+    {"avx512vnni", "avx512f avx512bw avx512vl avx512dq avx512_vnni", has_avx512vnni, 1, 1,
+     LLMFP4_FUNCTIONS(avx512vnni)},
+    {"avx2", "avx2 fma f16c", has_avx2, 1, 1, LLMFP4_FUNCTIONS(avx2)},
 #endif
-    {"scalar", "", always, 1, 1, w4a4_scalar, w4a8_grouped_scalar, w4a16_scalar, peak_scalar},
+    {"scalar", "", always, 1, 1, LLMFP4_FUNCTIONS(scalar)},
 };
 
 }  // namespace

@@ -40,8 +40,9 @@ inline void multiply_fixed(const Weights& w, const IntegerTable& table, const Fi
         });
         for (size_t kt = begin; kt < end; ++kt) {
             const int8_t* xs = x.row(row) + kt * tile_k;
+            const Ahead ahead(kt, tiles_k, NT);
             each<NT>([&](int t) {
-                const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes);
+                const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes, ahead);
                 const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
                 each<MT, digits>([&](int i, int p) {
                     const int8_t* of_digit = xs + (i * digits + p) * x.ld;

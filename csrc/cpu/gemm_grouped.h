@@ -31,7 +31,7 @@ inline void group_sums(const int8_t* __restrict row, const Weights& w, int facto
 inline GroupStarts group_starts(const Weights& w, const Call& call, const IntegerRows& x, int offset) {
     GroupStarts starts{static_cast<int32_t*>(workspace(slot_sums, x.rows() * size_t(w.groups) * sizeof(int32_t))),
                        w.groups};
-    const int threads = long(call.m) * w.at.k < 65536 ? 1 : call.threads;
+    const int threads = threads_to_convert(long(call.m) * w.at.k, call.threads);
     parallel_ranges(threads, x.rows(), [&](long begin, long end) {
         for (int r = int(begin); r < int(end); ++r)
             if (w.group_size == 16)
@@ -59,8 +59,9 @@ inline void multiply_grouped_fused(const Weights& w, const IntegerTable& table, 
         each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts.row(row + i)[g]); });
         for (size_t kt = begin; kt < end; ++kt) {
             const int8_t* xs = x.row(row) + kt * tile_k;
+            const Ahead ahead(kt, tiles_k, NT);
             each<NT>([&](int t) {
-                const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes);
+                const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes, ahead);
                 const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
                 each<MT>(
                     [&](int i) { acc[i][t] = dot4(dot4(acc[i][t], low, xs + i * x.ld), high, xs + i * x.ld + 4); });

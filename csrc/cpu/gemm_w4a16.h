@@ -24,7 +24,7 @@ inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Cal
     FloatRows x;
     x.ld = spread_stride(padded_k * sizeof(float)) / sizeof(float);
     x.at = static_cast<float*>(workspace(slot_rows, call.m * x.ld * sizeof(float)));
-    const int threads = long(call.m) * padded_k < 65536 ? 1 : call.threads;
+    const int threads = threads_to_convert(long(call.m) * padded_k, call.threads);
     with_dtype(call.dtype, [&](auto type) {
         const auto* source = static_cast<const decltype(type)*>(call.x);
         parallel_ranges(threads, call.m, [&](long begin, long end) {
@@ -56,9 +56,7 @@ inline void multiply_column(Tile codes, const FloatTable& table, const float* xs
 
 // MT rows times one tile of 8 inputs.
 template <int chains, int MT>
-inline void multiply_tile(const uint8_t* at, const FloatTable& table, const float* xs, size_t ldx,
-                          F32 (&acc)[chains][MT]) {
-    const Tile codes = stream_tile(at);
+inline void multiply_tile(Tile codes, const FloatTable& table, const float* xs, size_t ldx, F32 (&acc)[chains][MT]) {
     multiply_column<chains, MT, 0>(codes, table, xs, ldx, acc);
     multiply_column<chains, MT, 1>(codes, table, xs, ldx, acc);
     multiply_column<chains, MT, 2>(codes, table, xs, ldx, acc);
@@ -86,11 +84,13 @@ inline void multiply_float_fused(const Weights& w, const FloatTable& table, cons
         each<NT, MT>([&](int t, int i) {
             for (auto& chain : acc[t]) chain[i] = f32_zero();
         });
-        for (size_t kt = begin; kt < end; ++kt)
+        for (size_t kt = begin; kt < end; ++kt) {
+            const Ahead ahead(kt, tiles_k, NT);
             each<NT>([&](int t) {
-                const uint8_t* at = w.codes + ((tile + t) * tiles_k + kt) * tile_bytes;
-                multiply_tile<chains, MT>(at, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
+                const Tile codes = stream_tile(w.codes + ((tile + t) * tiles_k + kt) * tile_bytes, ahead);
+                multiply_tile<chains, MT>(codes, table, x.row(row) + kt * tile_k, x.ld, acc[t]);
             });
+        }
         each<NT, MT>([&](int t, int i) {
             if (chains == 2) acc[t][0][i] = add(acc[t][0][i], acc[t][chains - 1][i]);
         });

@@ -55,15 +55,17 @@ inline void multiply_fused(const Weights& w, const IntegerTable& table, const In
     const size_t tiles_k = w.at.tiles_k();
     const uint8_t* codes = w.codes + tile * tiles_k * tile_bytes;
     const int8_t* xs = x.row(row);
-    for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k)
+    for (size_t kt = 0; kt < tiles_k; ++kt, xs += tile_k) {
+        const Ahead ahead(kt, tiles_k, NT);
         each<NT>([&](int t) {
-            const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes);
+            const Tile codes_16x8 = stream_tile(codes + (t * tiles_k + kt) * tile_bytes, ahead);
             const Bytes low = decode_low(codes_16x8, table.bytes), high = decode_high(codes_16x8, table.bytes);
             each<MT>([&](int i) {
                 acc[0][i][t] = dot4(acc[0][i][t], low, xs + i * x.ld);
                 acc[chains - 1][i][t] = dot4(acc[chains - 1][i][t], high, xs + i * x.ld + 4);
             });
         });
+    }
     each<MT, NT>([&](int i, int t) {
         store(sums + i * ld + t * tile_n, chains == 2 ? add(acc[0][i][t], acc[1][i][t]) : acc[0][i][t]);
     });

@@ -13,6 +13,8 @@
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define LLMFP4_ISA amx
+#elif defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define LLMFP4_ISA avx512vbmi
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define LLMFP4_ISA avx512vnni
 #elif defined(__AVX2__)
@@ -96,13 +98,26 @@ inline void sum_of_rows(const float* rows, float* out) {
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
+// How many bytes beyond a tile those lie that are read 32 and 64 steps later. A step reads one tile of each of `rows`
+// neighbouring rows of tiles; behind the ends of these rows the next ones begin.
+struct Ahead {
+    size_t near = 32 * tile_bytes, far = 64 * tile_bytes;
+
+    Ahead() = default;
+    Ahead(size_t kt, size_t tiles_k, int rows) {
+        const size_t skipped = (rows - 1) * tiles_k * tile_bytes;
+        if (kt + 32 >= tiles_k) near += skipped;
+        if (kt + 64 >= tiles_k) far += skipped;
+    }
+};
+
 // The tile at p, and prefetches: of the one 32 tiles later, and of that 64 later to the second-level cache, which keeps
 // more lines on their way than the first. One core, m = 1, share of the read bandwidth with the first alone, 16 / 32 /
 // 64 / 128 tiles later: W4A16 .70 .80 .76 .68, NVFP4 x int8 .79 .88 .87 .76, W4A4 .97 .97 .90 .83. The second makes
 // W4A4 1.06 times as fast; 96 and 160 tiles later 1.05 and 1.04.
-inline Tile stream_tile(const uint8_t* p) {
-    __builtin_prefetch(p + 32 * tile_bytes, 0, 3);
-    __builtin_prefetch(p + 64 * tile_bytes, 0, 2);
+inline Tile stream_tile(const uint8_t* p, const Ahead& ahead = {}) {
+    __builtin_prefetch(p + ahead.near, 0, 3);
+    __builtin_prefetch(p + ahead.far, 0, 2);
     return load_tile(p);
 }
 

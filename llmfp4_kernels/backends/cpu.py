@@ -129,4 +129,4 @@ def _prepare(packed: PackedFP4, bias: torch.Tensor | None) -> Prepared:
     return Prepared(packed, bias)
 
 
-KERNELS = tuple(_kernel(isa) for isa in ("amx", "avx512vnni", "avx2", "neon", "scalar"))
+KERNELS = tuple(_kernel(isa) for isa in ("amx", "avx512vbmi", "avx512vnni", "avx2", "neon", "scalar"))
