@@ -2,6 +2,7 @@
 // steps in Python took 3.
 #include <array>
 #include <memory>
+#include <optional>
 
 #include "dlpack.h"
 #include "linear.h"
@@ -21,6 +22,8 @@ public:
           linear_(linear.cast<const Linear&>()),
           tensor_type_(tensor_type),
           thread_count_(thread_count),
+          is_neg_(tensor_type.attr("is_neg")),
+          new_empty_(tensor_type.attr("new_empty")),
           n_(linear_.at().n),
           read_(read) {}
 
@@ -39,9 +42,7 @@ public:
         const int m = reads(x, in) && dtype_of(in, dtype) ? rows_of(in) : 0;
         if (!m || !kernels_[int(dtype)][m] || in.ndim > most_dims) Py_RETURN_NONE;
         // The one thing about a tensor's memory that DLPack does not tell.
-        PyObject* self[] = {x};
-        const auto negated =
-            py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(is_neg_.ptr(), self, 1, nullptr));
+        const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), x));
         if (!negated) return nullptr;
         if (negated.ptr() != Py_False) Py_RETURN_NONE;
         py::object y = empty_like(x, in);
@@ -50,10 +51,10 @@ public:
         if (!reads(y.ptr(), out)) Py_RETURN_NONE;
         const cpu::Call call{in.data, out.data, m, size_t(linear_.at().k), dtype, int(PyLong_AsLong(threads.ptr()))};
         if (PyErr_Occurred()) return nullptr;
-        {
-            py::gil_scoped_release release;
-            linear_.run(*kernels_[int(dtype)][m], call);
-        }
+        std::optional<py::gil_scoped_release> release;
+        if (double(m) * linear_.at().n * linear_.at().k > 1 << 20) release.emplace();  // some 10 us of one thread
+        linear_.run(*kernels_[int(dtype)][m], call);
+        release.reset();
         return y.release().ptr();
     }
 
@@ -101,14 +102,13 @@ private:
             arguments[1 + i] = sizes[i].ptr();
         }
         return py::reinterpret_steal<py::object>(
-            PyObject_VectorcallMethod(new_empty_.ptr(), arguments, 1 + in.ndim, nullptr));
+            PyObject_Vectorcall(new_empty_.ptr(), arguments, 1 + in.ndim, nullptr));
     }
 
     py::object linear_object_, memory_;
     const Linear& linear_;
-    py::object tensor_type_, thread_count_;
+    py::object tensor_type_, thread_count_, is_neg_, new_empty_;
     py::int_ n_;
-    py::str is_neg_{"is_neg"}, new_empty_{"new_empty"};
     dlpack::Read read_;
     const cpu::Kernels* kernels_[3][most_rows + 1] = {};
 };

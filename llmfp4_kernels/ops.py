@@ -121,8 +121,9 @@ class Multiplier:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
         """x [..., k] → y [..., n] or, gated, [..., n/2], dtype of x; `linear` says what it holds."""
-        if self.few_rows is not None and residual is None and not gated:
-            y = self.few_rows(x)
+        few_rows = self.few_rows
+        if few_rows is not None and residual is None and not gated:
+            y = few_rows(x)
             if y is not None:
                 return y
         if x.is_neg():

@@ -2,7 +2,7 @@
 #include "gemm_grouped.h"
 #include "kernels.h"
 #include "peak.h"
-#if defined(__AVX512VNNI__)
+#if LLMFP4_DIGITS
 #include "gemm_fixed.h"
 #endif
 
@@ -19,7 +19,7 @@ void LLMFP4_NAMED(w4a8_grouped)(const Weights& w, const Activation& a, const Cal
 }
 
 void LLMFP4_NAMED(w4a16)(const Weights& w, const float* x_factor, const Call& call) {
-#if defined(__AVX512VNNI__)
+#if LLMFP4_DIGITS
     if (LLMFP4_ISA::takes_fixed(w, call)) return LLMFP4_ISA::w4a16_fixed(w, x_factor, call);
 #endif
     LLMFP4_ISA::w4a16(w, x_factor, call);

@@ -29,6 +29,11 @@
 #include <immintrin.h>
 #endif
 
+// Where one instruction multiplies and adds four bytes, digits beat floats (gemm_fixed.h).
+#if defined(__AVX512VNNI__)
+#define LLMFP4_DIGITS 1
+#endif
+
 namespace llmfp4::cpu::LLMFP4_ISA {
 
 // f(0) .. f(N - 1), and f(i, j) over M x N, unrolled: blocks of accumulators stay in registers only if every loop over
