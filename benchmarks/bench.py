@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,12 +105,20 @@ def _checked(contender: Contender, operand: torch.Tensor) -> list[Callable]:
     return ready
 
 
-def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, budget: float = 0.03) -> list[dict]:
+def compare(
+    contenders: list[Contender],
+    x: torch.Tensor,
+    *,
+    rounds: int = 9,
+    budget: float = 0.03,
+    beside: Iterable[Callable[[float], None]] = (),
+) -> list[dict]:
     """Rows {name, kernel, copies, seconds, spread, times, ratio, ratio_quartiles, others}; `times` has one per round.
 
     seconds is the median, spread the interquartile range over it, ratio how many times faster than the first contender,
     the median of pairs from the same round, others the CPUs that other processes kept busy meanwhile. Nothing is timed
-    before every contender was checked, and each is checked again afterwards; `check` raises for a wrong one.
+    before every contender was checked, and each is checked again afterwards; `check` raises for a wrong one. What is
+    measured beside them takes part in every round, with the same budget.
     """
     inputs = {(c.x_dtype, c.device): x.to(c.device, c.x_dtype) for c in contenders}
     rows, turns = [], []
@@ -123,6 +131,8 @@ def compare(contenders: list[Contender], x: torch.Tensor, *, rounds: int = 9, bu
             turns.append(TURNS[contender.device](ready, operand))
         before = machine.cpu_seconds()
         for _ in range(rounds):
+            for measure in beside:
+                measure(budget)
             for row, turn in zip(rows, turns):
                 row["times"].append(turn.seconds(budget))
         others = machine.others(before)

@@ -19,7 +19,7 @@ from bench import Contender, compare, entrants
 from operands import TOKENS, Weight
 from ours import fp4
 from result_file import recorder
-from roofline import ceilings
+from roofline import Reading, ceilings, footprint
 from shared_cases import LINEAR_SHAPES
 
 from llmfp4_kernels.errors import LLMFP4Error, NoKernel
@@ -64,10 +64,13 @@ def measure(n: int, k: int, options, record) -> None:
         torch.set_num_threads(threads)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         ready = [contender for contender in entered if takes(contender, m)]
-        for row, contender in zip(compare(ready, x, rounds=options.rounds, budget=options.budget), ready):
+        readings = {size: Reading(size) for size in sorted({footprint(contender) for contender in ready})}
+        beside = [reading.once_more for reading in readings.values()]
+        rows = compare(ready, x, rounds=options.rounds, budget=options.budget, beside=beside)
+        for row, contender in zip(rows, ready):
             row |= {"m": m, "n": n, "k": k, "threads": threads, "error": errors[contender.name]}
             row |= {"weight_bytes": contender.weight_bytes, "unit": contender.unit, "note": contender.note}
-            row |= ceilings(m, n, k, contender, row["copies"])
+            row |= ceilings(m, n, k, contender, readings[footprint(contender)].rate)
             row["gflops"] = 2e-9 * m * n * k / row["seconds"]
             row["gbps"] = row["bytes"] / row["seconds"] / 1e9
             row["roofline"] = row["roofline_seconds"] / row["seconds"]

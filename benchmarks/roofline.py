@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from bench import Contender, CpuTurns
 
 from llmfp4_kernels import native
 
@@ -22,23 +25,41 @@ def _best(call: Callable, seconds: float = 0.4) -> float:
     return min(times)
 
 
-@functools.cache
-def _read_bandwidth(log2_bytes: int, threads: int) -> float:
-    data = torch.ones(1 << (log2_bytes - 2))
-    halves, rows, one = data.view(2, -1), data.view(-1, 4096), torch.ones(4096)
-    readers = (lambda: torch.dot(halves[0], halves[1]), lambda: torch.mv(rows, one), data.sum)
-    with torch.inference_mode():
-        return data.numel() * 4 / min(_best(reader) for reader in readers)
+class Reading:
+    """Reads 2^log2_bytes of float32 numbers again and again, with torch's threads.
 
-
-def read_bandwidth(footprint: int) -> float:
-    """Bytes/s of reading a float32 tensor of about `footprint` bytes again and again, with torch's threads.
-
-    The best of three readers: the dot product of its halves, a matrix-vector product, a sum. A C loop of 2 to 16
-    streams with software prefetch was no faster than the dot product. The footprint decides: on a virtual Xeon that
-    reports 300 MB of cache, one thread reads 24 GB/s from 64 MB and 15 GB/s from 128 MB.
+    The fastest of three readers: the dot product of two halves, a matrix-vector product, a sum. A C loop of 2 to 16
+    streams with software prefetch was no faster than the dot product.
     """
-    return _read_bandwidth(min(max(footprint.bit_length(), 20), 30), torch.get_num_threads())
+
+    def __init__(self, log2_bytes: int):
+        data, self.bytes, self.rates = _ones(log2_bytes), 1 << log2_bytes, []
+        halves, rows, one = data.view(2, -1), data.view(-1, 4096), torch.ones(4096)
+        with torch.inference_mode():
+            self.reader = min((lambda: torch.dot(*halves), lambda: torch.mv(rows, one), data.sum), key=_best)
+
+    def once_more(self, budget: float) -> None:
+        """One more of `rates`, bytes/s, over about `budget` seconds."""
+        calls = itertools.repeat(lambda x: self.reader())
+        self.rates.append(self.bytes / CpuTurns(calls, None).seconds(budget))
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+@functools.cache
+def _ones(log2_bytes: int) -> torch.Tensor:
+    return torch.ones(1 << (log2_bytes - 2))
+
+
+def footprint(contender: Contender) -> int:
+    """log2 of about the bytes of all copies of a weight, 20 to 30.
+
+    It decides: on a virtual Xeon that reports 300 MB of cache, one thread reads 24 GB/s from 64 MB and 15 GB/s from
+    128 MB.
+    """
+    return min(max((contender.weight_bytes * len(contender.calls)).bit_length(), 20), 30)
 
 
 UNITS = ("int8", "bf16", "fp32")
@@ -60,10 +81,9 @@ def peak(unit: str) -> float:
     return max(_peak(name, torch.get_num_threads()) for name in units)
 
 
-def ceilings(m: int, n: int, k: int, contender, copies: int) -> dict:
-    """{read_gbps, peak_gflops, roofline_seconds} of one product; the footprint is that of all copies of the weight."""
+def ceilings(m: int, n: int, k: int, contender: Contender, rate: float) -> dict:
+    """{read_gbps, peak_gflops, roofline_seconds} of one product where `rate` bytes/s are read."""
     moved = contender.weight_bytes + (m * k + m * n) * contender.x_dtype.itemsize
-    reading = read_bandwidth(contender.weight_bytes * copies)
     operations = peak(contender.unit)
-    bound = max(moved / reading, 2 * m * n * k / operations)
-    return {"read_gbps": reading / 1e9, "peak_gflops": operations / 1e9, "roofline_seconds": bound, "bytes": moved}
+    bound = max(moved / rate, 2 * m * n * k / operations)
+    return {"read_gbps": rate / 1e9, "peak_gflops": operations / 1e9, "roofline_seconds": bound, "bytes": moved}

@@ -142,12 +142,25 @@ def test_ratios_are_taken_pair_by_pair():
     assert bench.copies_for(1, warm=True) == 1 and bench.copies_for(1 << 40) == 1
 
 
+def test_reading_takes_its_turn_in_every_round(weight):
+    reading, budgets = roofline.Reading(20), []
+    contender = ours.fp4(weight, "minmax-w4a4", warm=True)
+    bench.compare(
+        [contender], torch.randn(1, weight.k), rounds=3, budget=1e-3, beside=[reading.once_more, budgets.append]
+    )
+    assert budgets == [1e-3] * 3 and len(reading.rates) == 3
+    assert sorted(reading.rates)[1] == reading.rate and 1e7 < reading.rate < 1e13
+    contender.weight_bytes = 1 << 22
+    assert roofline.footprint(contender) == 23
+    contender.calls *= 1 << 10
+    assert roofline.footprint(contender) == 30
+
+
 def test_the_roofline_is_the_slower_of_reading_and_computing(weight, monkeypatch):
-    monkeypatch.setattr(roofline, "read_bandwidth", lambda footprint: 1e9)
     monkeypatch.setattr(roofline, "peak", lambda unit: 1e12)
     contender = bench.Contender("c", [None], None, weight_bytes=10**6)
-    one = roofline.ceilings(1, 1000, 1000, contender, 2)
-    many = roofline.ceilings(10**4, 1000, 1000, contender, 2)
+    one = roofline.ceilings(1, 1000, 1000, contender, 1e9)
+    many = roofline.ceilings(10**4, 1000, 1000, contender, 1e9)
     assert one["roofline_seconds"] == (10**6 + 8000) / 1e9 and one["bytes"] == 1008000
     assert many["roofline_seconds"] == (10**6 + 8e7) / 1e9
 
