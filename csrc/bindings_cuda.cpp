@@ -79,8 +79,8 @@ cuda::Plan division(const std::string& kernel, int n, int k, const std::string& 
     cuda::Weight weight{};
     weight.n = n, weight.k = k, weight.scale_kind = scale_kind_of(scale);
     cuda::Plan plan{};
-    plan.forced = {tile, splits}, plan.rows = rows, plan.exact = integers;
-    cuda::family_named(kernel).divide(weight, multiprocessors, plan);
+    plan.forced = {tile, splits}, plan.exact = integers;
+    cuda::family_named(kernel).divide(weight, rows, multiprocessors, plan);
     return plan;
 }
 

@@ -62,7 +62,8 @@ inline int32_t four_bytes(const int8_t* x) {
     return word;
 }
 
-// Of E4M3's S.EEEE.MMM moved to S.0EEEE.MMM0000000, the fp16 number that is 2^8 times smaller, subnormals included.
+// Of an E4M3 byte, its sign extended, times 2^7: S.0EEEE.MMM0000000, the fp16 number that is 2^8 times smaller,
+// subnormals included.
 constexpr int16_t e4m3_as_half = int16_t(0xbf80);
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA

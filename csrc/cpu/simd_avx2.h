@@ -93,14 +93,12 @@ inline F32 fma(F32 sum, F32 w, const float* x) {
 
 inline __m256 load_half_scales(ScaleKind kind, const uint8_t* p) {
     const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    if (kind == ScaleKind::e8m0) {
-        const __m256i bytes = _mm256_cvtepu8_epi32(packed);
-        const __m256i zero = _mm256_cmpeq_epi32(bytes, _mm256_setzero_si256());
-        return _mm256_castsi256_ps(
-            _mm256_or_si256(_mm256_slli_epi32(bytes, 23), _mm256_and_si256(zero, _mm256_set1_epi32(0x00400000))));
+    if (kind == ScaleKind::e8m0) {  // byte 0 is a subnormal
+        const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(packed), 23);
+        return _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(0x00400000)));
     }
-    const __m128i high = _mm_slli_epi16(_mm_cvtepu8_epi16(packed), 8);
-    const __m128i half = _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(e4m3_as_half));
+    const __m128i moved = _mm_slli_epi16(_mm_cvtepi8_epi16(packed), 7);
+    const __m128i half = _mm_and_si128(moved, _mm_set1_epi16(e4m3_as_half));
     return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
 }
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {

@@ -89,14 +89,12 @@ inline void sum_of_rows(const float* rows, float* out) {
 }
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if (kind == ScaleKind::e8m0) {
-        const __m512i bytes = _mm512_cvtepu8_epi32(packed);
-        const __m512i subnormal = _mm512_set1_epi32(0x00400000);
-        const __mmask16 zero = _mm512_testn_epi32_mask(bytes, bytes);
-        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(bytes, 23), zero, subnormal));
+    if (kind == ScaleKind::e8m0) {  // byte 0 is a subnormal
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(packed), 23);
+        return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(0x00400000)));
     }
-    const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(packed), 8);
-    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(e4m3_as_half));
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(packed), 7);
+    const __m256i half = _mm256_and_si256(moved, _mm256_set1_epi16(e4m3_as_half));
     return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
 }
 

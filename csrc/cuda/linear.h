@@ -165,9 +165,10 @@ struct Family {
             throw std::invalid_argument(std::string("the kernel '") + name + "' does not take these activations");
     }
 
-    // Of plan.rows rows of operands, whose sums are integers (plan.exact) or not.
-    void divide(const Weight& w, int multiprocessors, Plan& plan) const {
-        require_countable(plan.rows, w.n, multiprocessors);
+    // `rows` rows of operands, whose sums are integers (plan.exact) or not.
+    void divide(const Weight& w, int64_t rows, int multiprocessors, Plan& plan) const {
+        require_countable(rows, w.n, multiprocessors);
+        plan.rows = int(rows);
         plan.inputs = inputs, plan.fast_sums = fast_sums;
         plan.narrow = w.scale_kind != ScaleKind::none || (inputs == Inputs::plain && !plan.exact);
         share(w, multiprocessors, plan);
@@ -178,11 +179,9 @@ struct Family {
         Plan plan{};
         plan.forced = forced;
         plan.planes = inputs == Inputs::shifted ? a.planes(dtype) : a.unshifted().planes(dtype);
-        require_countable(int64_t(plan.planes) * m, w.n, multiprocessors);
-        plan.rows = plan.planes * m;
         plan.exact = a.integer();
         plan.direct = !a.quantized() && plan.planes == 1 && w.k % 8 == 0;
-        divide(w, multiprocessors, plan);
+        divide(w, int64_t(plan.planes) * m, multiprocessors, plan);
         const size_t padded_k = UnitLayout{w.n, w.k}.padded_k();
         const size_t row_bytes = inputs == Inputs::packed ? padded_k / 2 : padded_k * (a.quantized() ? 1 : 2);
         plan.x_bytes = plan.direct ? 0 : round_up((plan.blocked_rows ? plan.blocked_rows : plan.rows) * row_bytes, 256);
