@@ -4,6 +4,7 @@
 //          A0  C0 C1
 //          A1  C2 C3        A row: int8 k..k+63 or bf16 k..k+31.  B row: one dword (4 int8 or 2 bf16 of k) per output.
 #pragma once
+#include "../core/half.h"
 #include "simd.h"
 
 namespace llmfp4::cpu::amx {
@@ -88,5 +89,29 @@ inline Bytes pack_bf16(F32 even, F32 odd) {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
     return _mm512_mask_mov_epi16(low, 0xaaaaaaaau, _mm512_castps_si512(odd));
 }
+
+// bf16 numbers by code: their low bytes and, 16 entries later, their high ones, twice.
+struct Bf16Table {
+    __m512i entries;
+
+    explicit Bf16Table(const float (&table)[16]) {
+        uint8_t bytes[64];
+        for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(float_to_bf16(table[i % 16]) >> i / 16 % 2 * 8);
+        entries = _mm512_loadu_si512(bytes);
+    }
+};
+
+// Bytes 2·half and 2·half + 1 of each dword, whose low nibbles are codes, to one B row.
+template <int half>
+inline Bytes decode_bf16(Tile codes, const Bf16Table& table) {
+    const __m128i twice = half ? _mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15)
+                               : _mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13);
+    const __m512i spread = _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(twice));
+    constexpr int a_and_b_or_c = 0xea;
+    const __m512i index =
+        _mm512_ternarylogic_epi32(spread, _mm512_set1_epi32(0x0f0f0f0f), _mm512_set1_epi32(0x10001000), a_and_b_or_c);
+    return _mm512_permutexvar_epi8(index, table.entries);
+}
+inline Tile high_nibbles(Tile codes) { return _mm512_srli_epi16(codes, 4); }
 
 }  // namespace llmfp4::cpu::amx

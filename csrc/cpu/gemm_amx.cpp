@@ -75,28 +75,44 @@ struct DecodeBytes {
 };
 
 template <int even, int odd>
-inline void decode_pair(Tile codes, const FloatTable& table, bool grouped, F32 scale, uint8_t* row) {
-    F32 a = decode_column<even>(codes, table), b = decode_column<odd>(codes, table);
-    if (grouped) a = mul(a, scale), b = mul(b, scale);
-    store_bytes(row, pack_bf16(a, b));
+inline void decode_pair(Tile codes, const FloatTable& table, F32 scale, uint8_t* row) {
+    store_bytes(row,
+                pack_bf16(mul(decode_column<even>(codes, table), scale), mul(decode_column<odd>(codes, table), scale)));
 }
 
-// 4 tiles of 8 inputs to a B tile of pairs of bf16 numbers.
+// 4 tiles of 8 inputs to a B tile of pairs of bf16 numbers, which weights without group scales are by themselves.
 struct DecodeBf16 {
+    const Weights& w;
+    Bf16Table table;
+
+    LLMFP4_INLINE void operator()(int tile, int step, uint8_t* out) const {
+        constexpr int tiles = step_bytes / 2 / tile_k;
+        const uint8_t* codes = w.codes + (tile * w.at.tiles_k() + size_t(step) * tiles) * tile_bytes;
+        for (int c = 0; c < tiles; ++c, codes += tile_bytes, out += 4 * step_bytes) {
+            const Tile low = stream_tile(codes), high = high_nibbles(low);
+            store_bytes(out, decode_bf16<0>(low, table));
+            store_bytes(out + step_bytes, decode_bf16<1>(low, table));
+            store_bytes(out + 2 * step_bytes, decode_bf16<0>(high, table));
+            store_bytes(out + 3 * step_bytes, decode_bf16<1>(high, table));
+        }
+    }
+};
+
+// The same of weights times their groups' scales.
+struct DecodeScaledBf16 {
     const Weights& w;
     FloatTable table;
 
     LLMFP4_INLINE void operator()(int tile, int step, uint8_t* out) const {
         constexpr int tiles = step_bytes / 2 / tile_k;
-        const bool grouped = w.scale_kind != ScaleKind::none;
         for (int c = 0; c < tiles; ++c, out += 4 * step_bytes) {
             const size_t kt = size_t(step) * tiles + c;
             const Tile codes = stream_tile(w.codes + (tile * w.at.tiles_k() + kt) * tile_bytes);
             const F32 scale = scales_of_tile(w, tile, kt);
-            decode_pair<0, 2>(codes, table, grouped, scale, out);
-            decode_pair<4, 6>(codes, table, grouped, scale, out + step_bytes);
-            decode_pair<1, 3>(codes, table, grouped, scale, out + 2 * step_bytes);
-            decode_pair<5, 7>(codes, table, grouped, scale, out + 3 * step_bytes);
+            decode_pair<0, 2>(codes, table, scale, out);
+            decode_pair<4, 6>(codes, table, scale, out + step_bytes);
+            decode_pair<1, 3>(codes, table, scale, out + 2 * step_bytes);
+            decode_pair<5, 7>(codes, table, scale, out + 3 * step_bytes);
         }
     }
 };
@@ -107,8 +123,13 @@ inline void multiply_floats(const Weights& w, const Call& call, const TileRows& 
         finish_float_rows(w, call, x_scale, m0, rows, tile * tile_n, outputs_from(w, tile, tiles),
                           static_cast<const float*>(sums), sums_ld);
     };
-    multiply_tiles<Bf16Pairs>(useful_threads(w, call), call.m, int(w.at.tiles_n()), x, false,
-                              DecodeBf16{w, float_table(w.element, unit)}, finish);
+    const auto multiply = [&](const auto& decode) {
+        multiply_tiles<Bf16Pairs>(useful_threads(w, call), call.m, int(w.at.tiles_n()), x, false, decode, finish);
+    };
+    if (w.scale_kind == ScaleKind::none)
+        multiply(DecodeBf16{w, float_table<Bf16Table>(w.element, unit)});
+    else
+        multiply(DecodeScaledBf16{w, float_table(w.element, unit)});
 }
 
 }  // namespace amx

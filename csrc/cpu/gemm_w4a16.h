@@ -13,10 +13,11 @@ struct FloatRows {
     const float* row(int r) const { return at + r * ld; }
 };
 
-inline FloatTable float_table(Element e, float unit = 1.0f) {
+template <class Table = FloatTable>
+inline Table float_table(Element e, float unit = 1.0f) {
     float table[16];
     for (int code = 0; code < 16; ++code) table[code] = e.value(code) * unit;
-    return FloatTable(table);
+    return Table(table);
 }
 
 inline FloatRows convert_rows(const Weights& w, const float* x_factor, const Call& call) {
