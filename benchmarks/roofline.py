@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -34,8 +33,7 @@ class Reading:
 
     def once_more(self, budget: float) -> None:
         """One more of `rates`, bytes/s, over about `budget` seconds."""
-        calls = itertools.repeat(lambda x: self.reader())
-        self.rates.append(self.bytes / CpuTurns(calls, None).seconds(budget))
+        self.rates.append(self.bytes / CpuTurns([lambda x: self.reader()], None).seconds(budget))
 
     @property
     def rate(self) -> float:

@@ -33,7 +33,7 @@ def _in_huge_pages(shape: list[int]) -> torch.Tensor:
     """
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -94,7 +94,7 @@ def unshuffle_codes(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
         step = 16 * CHUNK_STRIPS
         chunks = [torch.arange(row, min(row + step, n), device=tiles.device) for row in range(0, n, step)]
         return torch.cat([pack(code_rows(tiles, ids, k)) for ids in chunks])
-    codes, tiles = torch.empty(codes_shape(n, k, "row"), dtype=torch.uint8), tiles.contiguous()
+    codes, tiles = torch.empty(codes_shape(n, k, "row"), dtype=torch.uint8, device="cpu"), tiles.contiguous()
     native.module().unshuffle(tiles.data_ptr(), codes.data_ptr(), n, k)
     return codes
 
@@ -102,7 +102,7 @@ def unshuffle_codes(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
 def shuffle_scales(group_scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Group scales uint8 [n, groups] → [ceil(n/16), groups, 16], padded with byte 0."""
     groups, group_scale = group_scale.shape[1], group_scale.contiguous()
-    tiles = torch.empty(-(-n // 16), groups, 16, dtype=torch.uint8)
+    tiles = torch.empty(-(-n // 16), groups, 16, dtype=torch.uint8, device="cpu")
     native.module().shuffle_scales(group_scale.data_ptr(), tiles.data_ptr(), n, k, groups)
     return tiles
 

@@ -114,8 +114,8 @@ class Multiplier:
         if choice is None:
             kernel = registry.choose(Problem.of(self.packed, m, dtype))
             prepared = self.prepared.get(kernel.prepare)
-            if prepared is None:
-                prepared = self.prepared[kernel.prepare] = kernel.prepare(self.packed, self.bias)
+            if prepared is None:  # of two threads that meet here, both go on with the first one's
+                prepared = self.prepared.setdefault(kernel.prepare, kernel.prepare(self.packed, self.bias))
             choice = self.choices[m, dtype] = (kernel, prepared)
         return choice
 

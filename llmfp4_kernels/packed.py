@@ -124,7 +124,7 @@ class PackedFP4:
             raise BadInput("group_scale, scale and group_size belong together: all of them or none")
         if self.group_scale is not None:
             self._check("group_scale", torch.uint8, [n, -(-k // self.group_size)])
-            bad = torch.tensor(self.scale.values).isnan()[self.group_scale.cpu().long()].sum().item()
+            bad = torch.tensor(self.scale.values, device="cpu").isnan()[self.group_scale.cpu().long()].sum().item()
             if bad:
                 raise BadInput(f"group_scale holds {bad} bytes that mean NaN in {self.scale.name}")
         self._check_activation()

@@ -56,6 +56,15 @@ def test_integer_kernels_return_the_references_bits(kernel, activation, dynamic)
 
 
 @pytest.mark.parametrize(("activation", "dynamic"), INTEGER_ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+def test_the_least_scale_of_a_token(kernel, activation, dynamic):
+    """Tokens around 2^-100, below which scales do not follow."""
+    packed = dynamic_packed(24, 66, E2M1, activation, dynamic, smooth=False)
+    x = random_x(12, 66) * 2.0 ** -torch.arange(96, 108)[:, None]
+    assert same_bits(cpu.Prepared(packed, None).run(kernel, x), reference.gemm(x, packed))
+
+
+@pytest.mark.parametrize(("activation", "dynamic"), INTEGER_ACTIVATIONS, ids=str)
 def test_integer_operands_fit_int8_and_are_exact(activation, dynamic):
     packed, x = dynamic_packed(4, 100, E2M1, activation, dynamic), wild_x(33, 100)
     scales = reference.activation_scales(x, packed)

@@ -1,5 +1,6 @@
 """Calls that do not pass through Python: what they take, what they leave to the long way, and that nothing leaks."""
 
+import functools
 import gc
 import sys
 import threading
@@ -9,6 +10,7 @@ import weakref
 import pytest
 import torch
 from cases import random_packed, random_x
+from torch.overrides import TorchFunctionMode
 
 from llmfp4_kernels import native, reference
 from llmfp4_kernels.backends import cpu
@@ -46,6 +48,7 @@ def test_every_number_of_rows_and_dtype(multiply):
 def test_the_rest_is_left_to_the_long_way(multiply):
     x = random_x(2, K)
     multiply(x)
+    multiply(x[:1])
     expected = multiply.few_rows(x)
 
     class Labelled(torch.Tensor):
@@ -57,6 +60,7 @@ def test_the_rest_is_left_to_the_long_way(multiply):
         x.double(),
         x.to(torch.int32),
         random_x(2, 2 * K)[:, ::2],
+        random_x(1, 2 * K)[:, ::2],
         random_x(K, 2).t(),
         torch._neg_view(x),
         torch._efficientzerotensor(2, K),
@@ -108,6 +112,69 @@ def test_errors_of_what_it_asks_reach_the_caller(multiply):
             few.add(native.module().kernel("scalar"), m, native.module().Dtype.float32)
 
 
+class Answers(TorchFunctionMode):
+    """What somebody else says new_empty is."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.answer() if function is torch.Tensor.new_empty else function(*args, **(kwargs or {}))
+
+
+def test_memory_that_is_not_there(multiply):
+    x = random_x(2, K)
+    multiply(x)
+
+    def fails():
+        raise MemoryError("no more")
+
+    with Answers(fails), pytest.raises(MemoryError, match="no more"):
+        multiply.few_rows(x)
+    for answer in (
+        torch.ones(2, N - 1),
+        torch.ones(2, N).double(),
+        torch.ones(2, N).bfloat16(),
+        torch.ones(N, 2).t(),
+        1,
+    ):
+        with Answers(lambda answer=answer: answer):
+            assert multiply.few_rows(x) is None
+
+
+def test_a_residual_and_a_gate_go_the_long_way(multiply):
+    x, residual = random_x(2, K), random_x(2, N, seed=2)
+    plain = multiply(x)
+    assert torch.equal(multiply(x), plain)
+    assert torch.equal(multiply(x, residual), plain + residual)
+    gated = Multiplier(random_packed(48, K, E2M1, E2M1), None)
+    both = gated(x).view(2, 3, 2, 8)
+    gated(x)
+    expected = torch.nn.functional.silu(both[:, :, 0]) * both[:, :, 1]
+    torch.testing.assert_close(gated(x, gated=True), expected.reshape(2, 24))
+
+
+def meet(*calls):
+    """Run all of them at once."""
+    barrier = threading.Barrier(len(calls))
+    team = [threading.Thread(target=lambda call=call: (barrier.wait(), call())) for call in calls]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+
+
+def test_threads_that_meet_at_the_first_calls_share_one_weight():
+    xs = [random_x(m, K) for m in range(1, 5)]
+    for trial in range(30):
+        multiply = Multiplier(random_packed(N, K, E2M1, seed=trial), None)
+        meet(*(functools.partial(multiply, x) for x in xs))
+        assert len({id(prepared) for _, prepared in multiply.choices.values()}) == 1
+        if multiply.few_rows:
+            assert all(multiply.few_rows(x) is not None for x in xs)
+
+
 def test_nothing_leaks(multiply):
     x = random_x(2, K)
     multiply(x)
@@ -149,9 +216,5 @@ def test_threads_share_a_function(multiply):
                 if not torch.equal(multiply.few_rows(xs[j]), expected[j]):
                     wrong.append(j)
 
-    team = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join()
+    meet(*(functools.partial(work, i) for i in range(4)))
     assert not wrong

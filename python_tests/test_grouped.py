@@ -78,6 +78,18 @@ def test_every_scale_byte(kernel, scale):
     assert ((y - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("kernel", [kernel for kernel in AVAILABLE if kernel.name != "cpu.amx"], **named)
+def test_the_least_scale_is_a_subnormal_number(kernel):
+    """Byte 0 of E8M0 is 2^-127; sums are taken to normal numbers by their activations. AMX knows no subnormals."""
+    packed = random_packed(32, 64, E2M1, scale=E8M0, group_size=32)
+    packed.group_scale[:, 0], packed.group_scale[:, 1] = 0, 1
+    weight = reference.dequantize(packed, torch.float64)
+    for m in (1, 4, 12):
+        x = random_x(m, 64) * 2.0**100
+        y, exact = Prepared(packed, None).run(kernel, x).double(), x.double() @ weight.T
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=float(exact.abs().max()) * 1e-6)
+
+
 @pytest.mark.parametrize("kernel", AVAILABLE, **named)
 def test_a_bad_token_poisons_its_row_only(kernel):
     packed, x = grouped(40, 70, E2M1, (E4M3, 16), (INT8, Dynamic())), random_x(20, 70)

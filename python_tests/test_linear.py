@@ -14,7 +14,7 @@ from torch.library import opcheck
 from llmfp4_kernels import reference
 from llmfp4_kernels.embedding import FP4Embedding
 from llmfp4_kernels.errors import BadInput, NoKernel
-from llmfp4_kernels.formats import E2M1, E3M0, E4M3, RECIPES
+from llmfp4_kernels.formats import E2M1, E3M0, E4M3, E8M0, RECIPES
 from llmfp4_kernels.nn import FP4Linear
 from llmfp4_kernels.ops import Multiplier
 from llmfp4_kernels.packed import PackedFP4
@@ -350,6 +350,20 @@ def test_few_rows_keep_what_follows_from_their_shape(packed):
     assert torch.equal(multiply(x), expected)
     with pytest.raises(BadInput, match="x is on meta, the weight on the CPU"):
         multiply(x.to("meta"))
+
+
+@pytest.mark.parametrize("form", [{}, {"activation": E2M1, "shift": True}, {"scale": E8M0, "group_size": 32}], ids=str)
+def test_another_default_device_changes_nothing(form):
+    """What a kernel reads and writes is made on the CPU, whatever `torch.device` says meanwhile."""
+    warm, cold, again = (FP4Linear.from_packed(random_packed(40, 64, E2M1, **form)) for _ in range(3))
+    x = random_x(3, 64)
+    expected = warm(x)
+    with torch.device("meta"):
+        assert torch.equal(cold(x), expected) and torch.equal(warm(x), expected)
+        state = warm.state_dict()
+    assert all(not torch.is_tensor(value) or value.is_cpu for value in state.values())
+    again.load_state_dict(state)
+    assert torch.equal(again(x), expected)
 
 
 def test_what_has_no_memory_or_another_device_is_refused(packed):
