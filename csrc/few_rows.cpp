@@ -1,5 +1,5 @@
-// Calls of few rows without Python between x and the kernel: a token's product of 192 x 576 takes 1.6 us, the same
-// steps in Python took 3.
+// Calls of few rows without Python between x and the kernel: a token's product of 16 x 32 takes 1.7 us, the same steps
+// in Python took 3.0.
 #include <array>
 #include <functional>
 #include <memory>

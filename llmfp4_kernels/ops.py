@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from . import epilogue, registry
 from .errors import BadInput
 from .layout import to_layout
 from .packed import PackedFP4
-from .problem import Kernel, Prepared, Problem
+from .problem import FewRows, Kernel, Prepared, Problem
 from .reference import dequantize
 
 
@@ -103,7 +103,7 @@ class Multiplier:
     bias: torch.Tensor | None
     choices: dict[tuple[int, torch.dtype], tuple[Kernel, Prepared]] = field(default_factory=dict)
     prepared: dict[object, Prepared] = field(default_factory=dict)
-    few_rows: Callable[[torch.Tensor], torch.Tensor | None] | None = None
+    few_rows: FewRows | None = None
     """Of the first Prepared that has one: a fifth of a small product's time would go to Python."""
 
     def __post_init__(self):
@@ -116,6 +116,9 @@ class Multiplier:
             prepared = self.prepared.get(kernel.prepare)
             if prepared is None:  # of two threads that meet here, both go on with the first one's
                 prepared = self.prepared.setdefault(kernel.prepare, kernel.prepare(self.packed, self.bias))
+            if hasattr(prepared, "few_rows"):
+                call = prepared.few_rows(kernel, m, dtype)
+                self.few_rows = self.few_rows or call
             choice = self.choices[m, dtype] = (kernel, prepared)
         return choice
 
@@ -136,9 +139,6 @@ class Multiplier:
             return x.new_empty(*x.shape[:-1], n // 2 if gated else n)
         kernel, prepared = self.choose(m, x.dtype)
         if residual is None and not gated:
-            if hasattr(prepared, "few_rows"):
-                call = prepared.few_rows(kernel, m, x.dtype)
-                self.few_rows = self.few_rows or call
             return prepared.run(kernel, x)
         if kernel.fuses_epilogue:
             return prepared.run(kernel, x, residual, gated)

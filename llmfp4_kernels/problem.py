@@ -76,6 +76,9 @@ class Problem:
         return f"W4A{self.activation.bits}" if self.activation else "W4A16"
 
 
+FewRows = Callable[[torch.Tensor], "torch.Tensor | None"]
+
+
 class Prepared(Protocol):
     """A weight in the layout of a backend, ready to multiply."""
 

@@ -58,10 +58,12 @@ def test_integer_kernels_return_the_references_bits(kernel, activation, dynamic)
 @pytest.mark.parametrize(("activation", "dynamic"), INTEGER_ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
 def test_the_least_scale_of_a_token(kernel, activation, dynamic):
-    """Tokens around 2^-100, below which scales do not follow."""
-    packed = dynamic_packed(24, 66, E2M1, activation, dynamic, smooth=False)
-    x = random_x(12, 66) * 2.0 ** -torch.arange(96, 108)[:, None]
-    assert same_bits(cpu.Prepared(packed, None).run(kernel, x), reference.gemm(x, packed))
+    """A token's scale is that of 2^-100 at least: what is far below becomes zeros."""
+    packed, exponents = dynamic_packed(40, 200, E2M1, activation, dynamic, smooth=False), torch.arange(90, 138)
+    x = random_x(48, 200) * torch.ldexp(torch.ones(48, 1), -exponents[:, None])
+    prepared, expected = cpu.Prepared(packed, None), reference.gemm(x, packed)
+    assert same_bits(prepared.run(kernel, x), expected)
+    assert same_bits(prepared.run(kernel, x[::4].contiguous()), expected[::4])
 
 
 @pytest.mark.parametrize(("activation", "dynamic"), INTEGER_ACTIVATIONS, ids=str)

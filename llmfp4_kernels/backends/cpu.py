@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
 
 import torch
 
@@ -13,11 +12,9 @@ from ..errors import BadInput, NoKernel
 from ..formats import INT8_MAX, Dynamic, Element
 from ..layout import shuffle_scales, to_layout
 from ..packed import PackedFP4
-from ..problem import Kernel, Problem
+from ..problem import FewRows, Kernel, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Call = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class Prepared:
@@ -64,7 +61,7 @@ class Prepared:
     def _few_rows(self):
         return native.module().few_rows(self._linear, self.tensors, torch.Tensor, torch.get_num_threads)
 
-    def few_rows(self, kernel: Kernel, m: int, dtype: torch.dtype) -> Call | None:
+    def few_rows(self, kernel: Kernel, m: int, dtype: torch.dtype) -> FewRows | None:
         """See problem.Prepared. None where torch lacks the C API of DLPack that tells where x lies."""
         if self._few_rows is None or m > self._few_rows.most:
             return None
