@@ -77,12 +77,13 @@ def _peak(unit: str, threads: int) -> float:
 
 
 def peak(unit: str) -> float:
-    """Operations/s of this CPU's best instruction in a unit, on registers only, with torch's threads.
+    """Operations/s of this CPU's best instruction for a unit, on registers only, with torch's threads.
 
-    "float" is for kernels that may multiply fp32 numbers as such or as bf16 parts.
+    "float" is for kernels that may multiply fp32 numbers as such or as bf16 parts. A CPU without an instruction for
+    bf16 multiplies bf16 numbers as fp32.
     """
-    units = ("bf16", "fp32") if unit == "float" else ("fp32",) if unit == "fp16" else (unit,)
-    return max(_peak(name, torch.get_num_threads()) for name in units)
+    instructions = {"int8": ("int8",), "bf16": ("bf16", "fp32"), "float": ("bf16", "fp32")}.get(unit, ("fp32",))
+    return max(_peak(name, torch.get_num_threads()) for name in instructions)
 
 
 def ceilings(m: int, n: int, k: int, contender: Contender, rate: float) -> dict:

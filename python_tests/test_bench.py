@@ -13,8 +13,8 @@ from llmfp4_kernels import native, reference
 from llmfp4_kernels.errors import BadInput, NoKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-adapters, bench, gemm, operands, ours, roofline = map(
-    importlib.import_module, ("adapters", "bench", "gemm", "operands", "ours", "roofline")
+adapters, bench, gemm, machine, operands, ours, roofline = map(
+    importlib.import_module, ("adapters", "bench", "gemm", "machine", "operands", "ours", "roofline")
 )
 RECIPES = ("minmax-w4a4", "gptq-fp4-a4", "gptq-fp4-a8", "mxfp4-a8", "nvfp4-a8", "minmax-w4a16", "nvfp4")
 TORCH = ("torch-fp32", "torch-fp16", "torch-bf16", "torch-int4", "onednn-int8", "onednn-int8-product", "onednn-int-mm")
@@ -170,5 +170,15 @@ def test_peaks_are_those_of_an_instruction_set():
     rates = {isa: module.peak(isa, "int8", 1, 0.02) for isa, row in native.cpu_kernels().items() if row["supported"]}
     assert all(1e9 < rate < 1e14 for rate in rates.values()), rates
     assert module.peak("scalar", "bf16", 1, 0.02) == 0.0
+    if "avx512vnni" in rates and "avx512_bf16" in machine.machine()["flags"]:
+        assert module.peak("avx512vnni", "bf16", 1, 0.02) > 1e9
     with pytest.raises(ValueError, match="unknown unit 'int4'"):
         module.peak("scalar", "int4", 1, 0.02)
+
+
+def test_every_unit_has_a_peak(monkeypatch):
+    """A CPU without an instruction for bf16 numbers multiplies them as fp32."""
+    monkeypatch.setattr(roofline, "_peak", lambda unit, threads: {"int8": 3.0, "fp32": 1.0, "bf16": 0.0}[unit])
+    assert [roofline.peak(unit) for unit in ("int8", "bf16", "float", "fp32", "fp16")] == [3.0, 1.0, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(roofline, "_peak", lambda unit, threads: {"int8": 4.0, "fp32": 1.0, "bf16": 2.0}[unit])
+    assert [roofline.peak(unit) for unit in ("int8", "bf16", "float", "fp32", "fp16")] == [4.0, 2.0, 2.0, 1.0, 1.0]

@@ -8,14 +8,14 @@
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
-// Calls step(), of `operations` each, for about `seconds`; the best rate of stretches of 10000 calls.
+// Calls step(), of `operations` each, for about `seconds`; the best rate of stretches of 1000 calls.
 template <class F>
 inline double best_rate(double seconds, double operations, F&& step) {
     using clock = std::chrono::steady_clock;
     const auto elapsed = [](clock::time_point from) {
         return std::chrono::duration<double>(clock::now() - from).count();
     };
-    constexpr int stretch = 10000;
+    constexpr int stretch = 1000;
     double best = 0;
     for (const auto started = clock::now(); elapsed(started) < seconds;) {
         const auto before = clock::now();
@@ -26,47 +26,66 @@ inline double best_rate(double seconds, double operations, F&& step) {
     return best;
 }
 
-// As many independent sums as a panel's block has. Each meets another x at each step: with the same ones the compiler
-// multiplies once for all. What the sums hold in the end is stored, so that nothing is left out.
+constexpr int peak_steps = 64;
+
+// As many independent sums as a panel's block has, in registers for peak_steps products each; the sums are stored, so
+// that nothing is left out. x [rows][peak_steps][width]: with the same one at each step the compiler multiplies once.
+template <int rows, int tiles, int width, class Number, class T, class Multiply>
+inline void multiply_sums(Number* sums, const T* x, Multiply&& multiply) {
+    decltype(load(sums)) acc[rows][tiles];
+    each<rows, tiles>([&](int i, int t) { acc[i][t] = load(sums + (i * tiles + t) * tile_n); });
+    int steps = peak_steps;
+    asm volatile("" : "+r"(steps));
+    for (int step = 0; step < steps; ++step)
+        each<rows, tiles>([&](int i, int t) { acc[i][t] = multiply(acc[i][t], x + width * (i * peak_steps + step)); });
+    each<rows, tiles>([&](int i, int t) { store(sums + (i * tiles + t) * tile_n, acc[i][t]); });
+    asm volatile("" : : "r"(sums) : "memory");
+}
+
 inline double peak_integer(double seconds) {
-    constexpr int sums = panel_rows * panel_tiles, steps = 64;
+    constexpr int rows = panel_rows, tiles = panel_tiles;
     uint8_t bytes[tile_bytes] = {3};
-    int8_t x[4 * (steps + sums)] = {1, 2, 3};
-    int32_t out[sums * tile_n];
+    int8_t x[4 * peak_steps * rows] = {1, 2, 3};
+    int32_t sums[rows * tiles * tile_n] = {};
     const Bytes w = load_bytes(bytes);
-    I32 acc[sums];
-    each<sums>([&](int i) { acc[i] = i32_all(i); });
-    int step = 0;
-    const double rate = best_rate(seconds, sums * 2.0 * tile_n * 4, [&] {
-        step = (step + 1) % steps;
-        each<sums>([&](int i) { acc[i] = dot4(acc[i], w, x + 4 * (step + i)); });
+    return best_rate(seconds, double(peak_steps) * rows * tiles * tile_n * 4 * 2, [&] {
+        multiply_sums<rows, tiles, 4>(sums, x, [&](I32 sum, const int8_t* four) { return dot4(sum, w, four); });
     });
-    each<sums>([&](int i) { store(out + i * tile_n, acc[i]); });
-    volatile int32_t kept = out[step];
-    (void)kept;
-    return rate;
 }
 
 inline double peak_float(double seconds) {
-    constexpr int sums = float_rows * float_tiles, steps = 64;
-    float x[steps + sums] = {0.5f}, out[sums * tile_n], ones[tile_n] = {1.0f};
+    constexpr int rows = float_rows, tiles = float_tiles;
+    float x[peak_steps * rows] = {0.5f}, ones[tile_n] = {1.0f}, sums[rows * tiles * tile_n] = {};
     const F32 w = load(ones);
-    F32 acc[sums];
-    each<sums>([&](int i) { acc[i] = f32_zero(); });
-    int step = 0;
-    const double rate = best_rate(seconds, sums * 2.0 * tile_n, [&] {
-        step = (step + 1) % steps;
-        each<sums>([&](int i) { acc[i] = fma(acc[i], w, x + step + i); });
+    return best_rate(seconds, double(peak_steps) * rows * tiles * tile_n * 2, [&] {
+        multiply_sums<rows, tiles, 1>(sums, x, [&](F32 sum, const float* one) { return fma(sum, w, one); });
     });
-    each<sums>([&](int i) { store(out + i * tile_n, acc[i]); });
-    volatile float kept = out[step];
-    (void)kept;
-    return rate;
 }
+
+#if defined(__AVX512BW__)
+// No kernel of this set multiplies bf16 pairs, but rivals do where the CPU can.
+inline double peak_bf16_pairs(double seconds) {
+    if (!__builtin_cpu_supports("avx512bf16")) return 0.0;
+    constexpr int rows = float_rows, tiles = float_tiles;
+    float sums[rows * tiles * tile_n] = {};
+    const __m512i pairs = _mm512_set1_epi16(0x3f00);
+    return best_rate(seconds, double(peak_steps) * rows * tiles * tile_n * 4, [&] {
+        multiply_sums<rows, tiles, 0>(sums, &pairs, [](F32 sum, const __m512i* x) {
+            asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(*x));
+            return sum;
+        });
+    });
+}
+#endif
 
 inline double peak(Unit unit, double seconds) {
     if (unit == Unit::int8) return peak_integer(seconds);
-    return unit == Unit::fp32 ? peak_float(seconds) : 0.0;
+    if (unit == Unit::fp32) return peak_float(seconds);
+#if defined(__AVX512BW__)
+    return peak_bf16_pairs(seconds);
+#else
+    return 0.0;
+#endif
 }
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA
