@@ -9,37 +9,38 @@
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
-// -offset · Σ_{k in g} xi[m,k]: what the sum of group g of row m starts at, see IntegerTable. [rows][groups]
+// -offset · Σ_{k in g} xi[m,k]: what the sum of group g of row m starts at, see IntegerTable. [groups][rows]
 struct GroupStarts {
     int32_t* at;
-    int groups;
-    const int32_t* row(int r) const { return at + size_t(r) * groups; }
+    int rows;
+    const int32_t* group(int g) const { return at + size_t(g) * rows; }
 };
 
 // Sums of each group of a row times `factor`; zeros follow the row. A width that is known fills vectors.
 template <int width>
-inline void group_sums(const int8_t* __restrict row, const Weights& w, int factor, int32_t* __restrict out) {
+inline void group_sums(const int8_t* __restrict row, const Weights& w, int factor, int32_t* __restrict out,
+                       size_t stride) {
     const int padded_k = int(w.at.padded_k());
     for (int g = 0, i = 0; g < w.groups; ++g, i += w.group_size) {
         const int left = padded_k - i, size = width ? width : left < w.group_size ? left : w.group_size;
         int32_t sum = 0;
         for (int j = 0; j < size; ++j) sum += row[i + j];
-        out[g] = factor * sum;
+        out[g * stride] = factor * sum;
     }
 }
 
 inline GroupStarts group_starts(const Weights& w, const Call& call, const IntegerRows& x, int offset) {
     GroupStarts starts{static_cast<int32_t*>(workspace(slot_sums, x.rows() * size_t(w.groups) * sizeof(int32_t))),
-                       w.groups};
+                       x.rows()};
     const int threads = threads_to_convert(long(call.m) * w.at.k, call.threads);
     parallel_ranges(threads, x.rows(), [&](long begin, long end) {
         for (int r = int(begin); r < int(end); ++r)
             if (w.group_size == 16)
-                group_sums<16>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
+                group_sums<16>(x.row(r), w, -offset, starts.at + r, starts.rows);
             else if (w.group_size == 32)
-                group_sums<32>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
+                group_sums<32>(x.row(r), w, -offset, starts.at + r, starts.rows);
             else
-                group_sums<0>(x.row(r), w, -offset, starts.at + size_t(r) * w.groups);
+                group_sums<0>(x.row(r), w, -offset, starts.at + r, starts.rows);
     });
     return starts;
 }
@@ -56,7 +57,7 @@ inline void multiply_grouped_fused(const Weights& w, const IntegerTable& table, 
     for (int g = 0; g < w.groups; ++g) {
         const size_t begin = g * group_tiles, end = begin + group_tiles < tiles_k ? begin + group_tiles : tiles_k;
         I32 acc[MT][NT];
-        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts.row(row + i)[g]); });
+        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts.group(g)[row + i]); });
         for (size_t kt = begin; kt < end; ++kt) {
             const int8_t* xs = x.row(row) + kt * tile_k;
             const Ahead ahead(kt, tiles_k, NT);
@@ -83,28 +84,31 @@ struct GroupPanel {
     int tiles, k4, group_k4;
 };
 
-// MT rows times NT tiles of a panel; adds to sums. `starts` are those of the panel's first group.
+// MT rows times NT tiles of a panel; adds to sums. `starts` are those of the panel's first group and the first row.
 template <int MT, int NT>
-inline void multiply_grouped_panel(const GroupPanel& p, const int32_t* starts, int groups, const int8_t* xs, size_t ldx,
-                                   float* sums, size_t ld) {
-    F32 total[MT][NT];
-    each<MT, NT>([&](int i, int t) { total[i][t] = load(sums + i * ld + t * tile_n); });
-    for (int g = 0, begin = 0; begin < p.k4; ++g, begin += p.group_k4) {
-        const int end = begin + p.group_k4 < p.k4 ? begin + p.group_k4 : p.k4;
+inline void multiply_grouped_panel(const GroupPanel p, const int32_t* starts, int rows, const int8_t* xs, size_t ldx,
+                                   float* __restrict sums) {
+    constexpr size_t ld = panel_tiles * tile_n;
+    const size_t group_bytes = size_t(p.group_k4) * tile_bytes;
+    const uint8_t* bytes = p.bytes;
+    const uint8_t* const panel_end = bytes + size_t(p.k4) * tile_bytes;
+    for (const float* scales = p.scales; bytes < panel_end; starts += rows, scales += p.tiles * tile_n) {
+        const uint8_t* const end = size_t(panel_end - bytes) < group_bytes ? panel_end : bytes + group_bytes;
         I32 acc[MT][NT];
-        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts[size_t(i) * groups + g]); });
-        for (int k4 = begin; k4 < end; ++k4) {
+        each<MT, NT>([&](int i, int t) { acc[i][t] = i32_all(starts[i]); });
+        for (; bytes < end; bytes += tile_bytes, xs += 4) {
             Bytes w[NT];
-            each<NT>([&](int t) { w[t] = load_bytes(p.bytes + t * p.tile_stride + size_t(k4) * tile_bytes); });
-            each<MT, NT>([&](int i, int t) { acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx + 4 * k4); });
+            each<NT>([&](int t) { w[t] = load_bytes(bytes + t * p.tile_stride); });
+            each<MT, NT>([&](int i, int t) { acc[i][t] = dot4(acc[i][t], w[t], xs + i * ldx); });
         }
-        const float* scales = p.scales + size_t(g) * p.tiles * tile_n;
         each<NT>([&](int t) {
             const F32 scale = load(scales + t * tile_n);
-            each<MT>([&](int i) { total[i][t] = fma(total[i][t], to_float(acc[i][t]), scale); });
+            each<MT>([&](int i) {
+                float* sum = sums + i * ld + t * tile_n;
+                store(sum, fma(load(sum), to_float(acc[i][t]), scale));
+            });
         });
     }
-    each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, total[i][t]); });
 }
 
 inline void few_grouped(const Weights& w, const Call& call, const IntegerRows& x, const GroupStarts& starts, int begin,
@@ -145,9 +149,9 @@ inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& 
         const GroupPanel p{panel, tile_stride, scales, tiles, k4_end, group_k4};
         with_block<panel_tiles>(tiles, [&](auto nt) {
             for (int r = 0; r < m;)
-                r += with_block<grouped_rows>(m - r, [&](auto mt) {
-                    multiply_grouped_panel<mt, nt>(p, starts.row(m0 + r) + g0, w.groups, x.row(m0 + r) + 4 * k4, x.ld,
-                                                   sums + r * ld, ld);
+                r += with_block<panel_rows>(m - r, [&](auto mt) {
+                    multiply_grouped_panel<mt, nt>(p, starts.group(g0) + m0 + r, starts.rows, x.row(m0 + r) + 4 * k4,
+                                                   x.ld, sums + r * ld);
                 });
         });
     }

@@ -51,10 +51,10 @@ LLMFP4_INLINE void each(F&& f) {
         for (int j = 0; j < N; ++j) f(i, j);
 }
 
-// How many numbers the registers of an instruction set hold: `panel_`, `float_` and `grouped_rows` x `_tiles`
-// accumulators of a panel; few_float_rows is where decoding to a panel begins to pay for floats, most_chained the
-// accumulators up to which two chains of each fit. Two AVX2 registers make 16 lanes: float blocks of 4 x 2 spill (m =
-// 8: 10.7 ms against 7.4).
+// How many numbers the registers of an instruction set hold: `panel_` and `float_rows` x `_tiles` accumulators of a
+// panel; few_float_rows is where decoding to a panel begins to pay for floats, most_chained the accumulators up to
+// which two chains of each fit. Two AVX2 registers make 16 lanes: float blocks of 4 x 2 spill (m = 8: 10.7 ms
+// against 7.4).
 
 inline int32_t four_bytes(const int8_t* x) {
     int32_t word;

@@ -5,7 +5,7 @@
 namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr bool signed_bytes = false;
-constexpr int panel_rows = 4, panel_tiles = 1, float_rows = 4, float_tiles = 1, grouped_rows = 2;
+constexpr int panel_rows = 4, panel_tiles = 1, float_rows = 4, float_tiles = 1;
 constexpr int float_fused_tiles = 1, grouped_fused_tiles = 2, few_float_rows = 4, most_chained = 2;
 struct Tile {
     uint8_t lane[64];
