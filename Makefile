@@ -3,6 +3,7 @@
 # make test-triton TRITON=3.9.0   the tests of the Triton kernels with another Triton than requirements.txt's
 # make lint   ruff and clang-format
 # make bench  measure products, models and quantization beside every rival, draw, and fill the README (20 minutes, 2 cores)
+# make bench-products SUFFIX=-avx512   the products alone, on another kind of CPU than the README's: results/products-avx512.md
 # make accuracy | ablations | zero-shot   the tables of benchmarks/results/; each goes on where an interrupted run stopped
 #                                         (ARGS="--recipes llm-fp4" and the like are passed on)
 # make gpu-check   on a machine with a GPU: build for it, test it, time products on it (benchmarks/gpu_check.py)
@@ -13,7 +14,7 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu python_tests/*.cpp python_tests/ptx/*.h \
 	python_tests/ptx/*.cpp python_tests/ptx/*/*.cu)
 
-.PHONY: demo test test-triton lint format build clean bench accuracy ablations zero-shot gpu-check
+.PHONY: demo test test-triton lint format build clean bench bench-products accuracy ablations zero-shot gpu-check
 demo: build
 	$(PY) benchmarks/demo.py
 
@@ -42,15 +43,21 @@ FEW := --rivals torch-bf16 onednn-int8 torch-int4 onnxruntime-a8 llama.cpp-mxfp4
        --schemes gptq-fp4-a4 gptq-fp4-a8 mxfp4-a8-int nvfp4-a8-int llm-fp4-a16 llm-fp4-a16:bf16
 RESULTS := benchmarks/results
 
-bench: export OMP_WAIT_POLICY = passive
-bench: build $(VENV)/rivals build/ggml/native
-	rm -f $(RESULTS)/gemm.jsonl $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
-	$(PY) benchmarks/gemm.py --m 1 8 32 128 512 --rounds 5 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 4 --out $(RESULTS)/gemm.jsonl
-	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) llm-fp4 --rounds 4 --out $(RESULTS)/gemm.jsonl
+PRODUCTS := $(RESULTS)/gemm$(SUFFIX).jsonl
+
+bench bench-products: export OMP_WAIT_POLICY = passive
+bench: bench-products
+	rm -f $(RESULTS)/model.jsonl $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/model.py --repeats 2 --out $(RESULTS)/model.jsonl
 	$(PY) benchmarks/quantize.py --rounds 2 --out $(RESULTS)/quantize.jsonl
 	$(PY) benchmarks/plot.py $(RESULTS)/gemm.jsonl 4096x4096
+	$(PY) benchmarks/figures.py
+
+bench-products: build $(VENV)/rivals build/ggml/native
+	rm -f $(PRODUCTS)
+	$(PY) benchmarks/gemm.py --m 1 8 32 128 512 --rounds 5 --out $(PRODUCTS)
+	$(PY) benchmarks/gemm.py --shapes 11008x4096 4096x11008 --m 1 8 32 128 $(FEW) --rounds 4 --out $(PRODUCTS)
+	$(PY) benchmarks/gemm.py --model smollm2-135m --m 1 32 512 $(FEW) llm-fp4 --rounds 4 --out $(PRODUCTS)
 	$(PY) benchmarks/figures.py
 
 $(VENV)/rivals: benchmarks/requirements-rivals.txt $(VENV)/installed

@@ -1,6 +1,7 @@
 """Write the README's figures from the files in benchmarks/results/: python benchmarks/figures.py.
 
-The README shows the first shape of products, results/products.md all of them.
+The README shows the first shape of products in gemm.jsonl; products.md all of them, products-NAME.md those of
+gemm-NAME.jsonl, another kind of CPU.
 """
 
 from __future__ import annotations
@@ -89,14 +90,16 @@ def main(argv=None) -> int:
     if "<!-- figures: begin -->" not in text:
         sys.exit(f"{readme} has no figures markers")
     try:
-        filled, products = fill(text, RESULTS), tables_speed.gemm_tables(lines_of(RESULTS / "gemm.jsonl"))
+        filled = fill(text, RESULTS)
+        pages = {file: tables_speed.gemm_tables(lines_of(file), file.name) for file in RESULTS.glob("gemm*.jsonl")}
     except BadFile as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     readme.write_text(filled)
-    if products:
+    for file, products in pages.items():
         text = "\n\n".join("\n".join(part) for part in products).replace("`results/", "`")
-        (RESULTS / "products.md").write_text(f"# Products of every shape\n\n{text}\n")
+        page = file.with_name(file.stem.replace("gemm", "products") + ".md")
+        page.write_text(f"# Products of every shape\n\n{text}\n")
     return 0
 
 

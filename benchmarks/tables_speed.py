@@ -56,12 +56,12 @@ def _cell(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _about(key: tuple[int, int, int], rows: list[dict]) -> str:
+def _about(key: tuple[int, int, int], rows: list[dict], source: str) -> str:
     (n, k, threads), row = key, max(rows, key=lambda row: row.get("others", 0))
     turns = f", weights in turn over {row['copies'] * row['weight_bytes'] / 1e6:.0f} MB" if "copies" in row else ""
     others = f", {row['others']} CPUs busy with other things" if row.get("others", 0) > 0.1 else ""
     return (
-        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{turns} (`results/gemm.jsonl`, "
+        f"One product, n = {n}, k = {k}, {threads} thread{'s' if threads > 1 else ''}{turns} (`results/{source}`, "
         f"{where(row, dict(enumerate(rows)))}{others}{_unsteady(rows)})"
     )
 
@@ -76,24 +76,22 @@ def _unsteady(rows: list[dict]) -> str:
     return f"; interquartile ranges above {UNSTEADY:.0%}: {', '.join(counts.values())}" if counts else ""
 
 
-def rivals_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
+def rivals_table(key: tuple[int, int, int], rows: list[dict], source: str = "gemm.jsonl") -> list[str]:
     """Everyone's speed over torch fp32 for each m, beside the error against fp32."""
     ms = sorted({row["m"] for row in rows})
-    about = (
-        f"{_about(key, rows)}: times faster than torch's fp32 linear, median of pairs. Error: of y, relative to fp32's."
-    )
+    what = "times faster than torch's fp32 linear, median of pairs. Error: of y, relative to fp32's."
     cells = []
     for name in dict.fromkeys(row["name"] for row in rows):
         by_m = {row["m"]: row for row in rows if row["name"] == name}
         error = _cell(next(iter(by_m.values())).get("error"), 3)
         cells.append([name, error, *(_cell(by_m[m]["ratio"], 2) if m in by_m else "–" for m in ms)])
-    return markdown.table(about, ["m", "error", *ms], cells)
+    return markdown.table(f"{_about(key, rows, source)}: {what}", ["m", "error", *ms], cells)
 
 
-def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
+def ours_table(key: tuple[int, int, int], rows: list[dict], source: str = "gemm.jsonl") -> list[str]:
     """Ours against the fastest of each kind of rival, with what part of the roofline they reach."""
     about = (
-        f"{_about(key, rows)}: our kernels, their median time with its interquartile range, their share of the "
+        f"{_about(key, rows, source)}: our kernels, their median time with its interquartile range, their share of the "
         "roofline and (m = 1) of the bandwidth of reading in the same run, and how many times faster they are than the "
         "fastest of each kind, median of pairs."
     )
@@ -108,13 +106,13 @@ def ours_table(key: tuple[int, int, int], rows: list[dict]) -> list[str]:
     return markdown.table(about, ["recipe", "m", "kernel", "µs", "roofline", "bandwidth", *REFERENCES], cells)
 
 
-def gemm_tables(rows: list[dict]) -> list[list[str]]:
-    """For each shape and thread count: ours against the best, then everyone."""
+def gemm_tables(rows: list[dict], source: str = "gemm.jsonl") -> list[list[str]]:
+    """For each shape and thread count of the result file `source`: ours against the best, then everyone."""
     parts = []
     for key, found in problems(rows).items():
-        ours = ours_table(key, found)
+        ours = ours_table(key, found, source)
         parts += [ours] if len(ours) > 4 else []
-        parts.append(rivals_table(key, found))
+        parts.append(rivals_table(key, found, source))
     return parts
 
 

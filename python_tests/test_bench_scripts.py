@@ -187,6 +187,21 @@ def test_figures_take_no_options_and_say_what_is_damaged(tmp_path, monkeypatch, 
     assert (figures.ROOT / "README.md").read_bytes() == before
 
 
+def test_every_file_of_products_has_its_page(tmp_path, monkeypatch):
+    row = ROW | {"machine": {"cpu": "x", "cores": 2}, "commit": "c", "name": "torch fp32", "ratio": 1.0}
+    (tmp_path / "README.md").write_text("a\n<!-- figures: begin -->\n<!-- figures: end -->\nb")
+    for name, n in (("gemm.jsonl", 64), ("gemm-other.jsonl", 96)):
+        (tmp_path / name).write_text(json.dumps(row | {"n": n}))
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.main([]) == 0
+    for name, shape in (("gemm", "n = 64"), ("gemm-other", "n = 96")):
+        page = (tmp_path / f"{name.replace('gemm', 'products')}.md").read_text()
+        assert f"(`{name}.jsonl`" in page and page.count(shape) == page.count("n = ") == 1
+    readme = (tmp_path / "README.md").read_text()
+    assert "n = 64" in readme and "n = 96" not in readme and readme.startswith("a\n") and readme.endswith("\nb")
+
+
 def test_a_missing_ggml_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv(ggml.FOLDER, str(tmp_path))
     with pytest.raises(NoKernel, match=r"libggml-base.so is not there: run benchmarks/build_ggml.sh"):
