@@ -166,7 +166,8 @@ inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call
     if (call.m <= few_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_grouped(w, call, x, starts, int(begin), int(end)); });
-    for_panels(threads, call.m, rows_per_task, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
+    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles);
+    for_panels(threads, call.m, rows, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
         many_grouped(w, call, x, starts, m0, m, tile, count, table);
     });
 }

@@ -217,9 +217,12 @@ inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    const int share = (tiles + threads - 1) / threads, tasks = (share + float_task_tiles - 1) / float_task_tiles;
+    const int rows = share_rows(threads, call.m, (tiles + float_tiles - 1) / float_tiles);
+    const bool split = (call.m + rows - 1) / rows % threads != 0;
+    const int share = split ? (tiles + threads - 1) / threads : tiles;
+    const int tasks = (share + float_task_tiles - 1) / float_task_tiles;
     const int task_tiles = int(round_up((share + tasks - 1) / tasks, float_tiles));
-    for_panels(threads, call.m, rows_per_task, tiles, task_tiles,
+    for_panels(threads, call.m, rows, tiles, task_tiles,
                [&](int m0, int m, int tile, int count) { many_float(w, call, x, m0, m, tile, count, table); });
 }
 

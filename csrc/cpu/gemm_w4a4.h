@@ -138,22 +138,27 @@ inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
     auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, size_t(x.planes) * m * ld * sizeof(int32_t)));
     for (int p = 0; p < x.planes; ++p)
-        for (int r = 0; r < m; ++r)
-            for (size_t i = 0; i < ld; ++i) sums[(p * m + r) * ld + i] = -table.offset * x.sums[p * x.m + m0 + r];
+        for (int r = 0; r < m; ++r) {
+            const I32 start = i32_all(-table.offset * x.sums[p * x.m + m0 + r]);
+            each<panel_tiles>([&](int t) { store(sums + (p * m + r) * ld + t * tile_n, start); });
+        }
     const int total_k4 = int(w.at.padded_k()) / 4;
     for (int k4 = 0; k4 < total_k4; k4 += panel_k / 4) {
         const int chunk = total_k4 - k4 < panel_k / 4 ? total_k4 - k4 : panel_k / 4;
         decode_panel(w, table, tile, tiles, k4 / 2, chunk, panel, tile_stride);
+        const bool last = k4 + chunk == total_k4;
         with_block<panel_tiles>(tiles, [&](auto nt) {
-            for (int p = 0; p < x.planes; ++p)
-                for (int r = 0; r < m;)
-                    r += with_block<panel_rows>(m - r, [&](auto mt) {
+            for (int r = 0; r < m;)
+                r += with_block<panel_rows>(m - r, [&](auto mt) {
+                    for (int p = 0; p < x.planes; ++p)
                         multiply_panel<mt, nt>(panel, tile_stride, chunk, x.row(p * x.m + m0 + r) + 4 * k4, x.ld,
                                                sums + (p * m + r) * ld, ld);
-                    });
+                    if (last)
+                        finish_rows(w, call, x, m0 + r, mt, tile * tile_n, outputs_from(w, tile, tiles), sums + r * ld,
+                                    ld, m * ld, 0);
+                });
         });
     }
-    finish_rows(w, call, x, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld, m * ld, 0);
 }
 
 // Threads worth waking: a share below 2^18 multiplications ends before a second thread has started.
@@ -162,15 +167,24 @@ inline int useful_threads(const Weights& w, const Call& call) {
     return work < call.threads ? (work < 1 ? 1 : int(work)) : call.threads;
 }
 
-struct NoSession {};
+// Rows of a block, `rows_per_task` at most. More blocks, as many for each thread, where that makes the longest share of
+// blocks times panels shorter: one takes as long as its rows and some 10 more, in which it decodes the panel.
+inline int share_rows(int threads, int m, int panels) {
+    constexpr int decode_rows = 10;
+    const auto length = [&](int blocks) {
+        return (long(blocks) * panels + threads - 1) / threads * ((m + blocks - 1) / blocks + decode_rows);
+    };
+    const int fewest = (m + rows_per_task - 1) / rows_per_task, even = int(round_up(fewest, threads));
+    const int blocks = length(even) < length(fewest) ? even : fewest;
+    return int(round_up((m + blocks - 1) / blocks, panel_rows));
+}
 
 // task(m0, rows, tile, tiles) for blocks of at most `rows` rows and `width` tiles; those of the same rows follow each
-// other. Every thread that has one holds a Session meanwhile.
-template <class Session = NoSession, class F>
+// other.
+template <class F>
 inline void for_panels(int threads, int m, int rows, int tiles, int width, F&& task) {
     const long blocks_m = (m + rows - 1) / rows, blocks_n = (tiles + width - 1) / width;
     parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
-        [[maybe_unused]] const Session session;
         for (long i = begin; i < end; ++i) {
             const int m0 = int(i / blocks_n) * rows, tile = int(i % blocks_n) * width;
             task(m0, m - m0 < rows ? m - m0 : rows, tile, tiles - tile < width ? tiles - tile : width);
@@ -184,7 +198,8 @@ inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     if (x.rows() <= few_rows)
         return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
-    for_panels(threads, call.m, rows_per_task, tiles, panel_tiles,
+    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles);
+    for_panels(threads, call.m, rows, tiles, panel_tiles,
                [&](int m0, int m, int tile, int count) { many(w, call, x, m0, m, tile, count, table); });
 }
 
