@@ -95,6 +95,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("kernels", &list_kernels);
     m.def("kernel", &kernel_named, py::return_value_policy::reference);
     m.def("team", &cpu::team_kind);
+    m.def("wake_microseconds", &cpu::wake_microseconds);
+    m.def("set_wake_microseconds", &cpu::set_wake_microseconds, py::arg("microseconds"));
     m.def("peak", &peak, py::arg("isa"), py::arg("unit"), py::arg("threads"), py::arg("seconds"));
     m.def("element_values", &element_values);
     m.def("scale_values", &scale_values);

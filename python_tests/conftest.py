@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from llmfp4_kernels import native
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_inductor_cache(tmp_path_factory):
@@ -24,7 +26,12 @@ def poisoned_memory():
 
 @pytest.fixture
 def threads():
-    """torch.set_num_threads for one test."""
-    before = torch.get_num_threads()
+    """torch.set_num_threads for one test, in which kernels use all of them, however little there is to do."""
+    before, module = torch.get_num_threads(), None if native.problem_with_module() else native.module()
+    wake = module and module.wake_microseconds()
+    if module:
+        module.set_wake_microseconds(1e-6)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+    if module:
+        module.set_wake_microseconds(wake)

@@ -124,7 +124,7 @@ inline void multiply_floats(const Weights& w, const Call& call, const TileRows& 
                           static_cast<const float*>(sums), sums_ld);
     };
     const auto multiply = [&](const auto& decode) {
-        multiply_tiles<Bf16Pairs>(useful_threads(w, call), call.m, int(w.at.tiles_n()), x, false, decode, finish);
+        multiply_tiles<Bf16Pairs>(call.threads, call.m, int(w.at.tiles_n()), x, false, decode, finish);
     };
     if (w.scale_kind == ScaleKind::none)
         multiply(DecodeBf16{w, float_table<Bf16Table>(w.element, unit)});
@@ -142,8 +142,7 @@ void w4a4_amx(const Weights& w, const Activation& a, const Call& call) {
         amx::finish_rows(w, call, numbers, m0, rows, tile * tile_n, amx::outputs_from(w, tile, tiles),
                          static_cast<const int32_t*>(sums), amx::sums_ld, 32 * amx::sums_ld, decode.table.offset);
     };
-    amx::multiply_tiles<amx::SignedByUnsigned>(amx::useful_threads(w, call), call.m, int(w.at.tiles_n()), x, true,
-                                               decode, finish);
+    amx::multiply_tiles<amx::SignedByUnsigned>(call.threads, call.m, int(w.at.tiles_n()), x, true, decode, finish);
 }
 
 // An integer element times its group's scale is a bf16 number, too (6 significant bits).

@@ -110,7 +110,7 @@ inline void few_fixed(const Weights& w, const Call& call, const FixedRows<digits
 template <int digits>
 inline void w4a16_with_digits(const Weights& w, const float* x_factor, const Call& call) {
     const auto x = fix_rows<digits>(w, x_factor, call, IntegerTable(w.element).offset);
-    parallel_ranges(useful_threads(w, call), long(w.at.tiles_n()),
+    parallel_ranges(call.threads, long(w.at.tiles_n()),
                     [&](long begin, long end) { few_fixed(w, call, x, int(begin), int(end)); });
 }
 

@@ -162,7 +162,7 @@ inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call
     const IntegerRows x = quantize_rows(w, a, call);
     const IntegerTable table(w.element);
     const GroupStarts starts = group_starts(w, call, x, table.offset);
-    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    const int threads = call.threads, tiles = int(w.at.tiles_n());
     if (call.m <= few_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_grouped(w, call, x, starts, int(begin), int(end)); });

@@ -212,7 +212,7 @@ inline void many_float(const Weights& w, const Call& call, const FloatRows& x, i
 
 inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
     const FloatRows x = convert_rows(w, x_factor, call);
-    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    const int threads = call.threads, tiles = int(w.at.tiles_n());
     if (call.m <= few_float_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });

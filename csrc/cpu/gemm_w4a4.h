@@ -161,12 +161,6 @@ inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m
     }
 }
 
-// Threads worth waking: a share below 2^18 multiplications ends before a second thread has started.
-inline int useful_threads(const Weights& w, const Call& call) {
-    const double work = double(call.m) * w.at.n * w.at.k / (1 << 18);
-    return work < call.threads ? (work < 1 ? 1 : int(work)) : call.threads;
-}
-
 // Rows of a block, `rows_per_task` at most. More blocks, as many for each thread, where that makes the longest share of
 // blocks times panels shorter: one takes as long as its rows and some 10 more, in which it decodes the panel.
 inline int share_rows(int threads, int m, int panels) {
@@ -194,7 +188,7 @@ inline void for_panels(int threads, int m, int rows, int tiles, int width, F&& t
 
 inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     const IntegerRows x = quantize_rows(w, a, call);
-    const int threads = useful_threads(w, call), tiles = int(w.at.tiles_n());
+    const int threads = call.threads, tiles = int(w.at.tiles_n());
     if (x.rows() <= few_rows)
         return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
