@@ -5,8 +5,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -39,11 +41,32 @@ void wait_briefly(F&& done) {
     for (const auto until = clock::now() + std::chrono::microseconds(50); !done() && clock::now() < until;) {}
 }
 
-template <class F>
-void wait_awake(F&& done) {
-    for (int i = 0; !done(); ++i)
-        if (i > 10000) std::this_thread::yield();
-}
+// Threads spin for a while for what others do, then they sleep: beside a busy process spinning ones use up the time
+// that those with something to do wait for.
+class Meeting {
+public:
+    template <class F>
+    void wait(F&& done) {
+        using clock = std::chrono::steady_clock;
+        for (const auto until = clock::now() + std::chrono::microseconds(200); clock::now() < until;)
+            if (done()) return;
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        changed_.wait(lock, done);
+        sleepers_.fetch_sub(1);
+    }
+    // To be called after every change that somebody waits for. Whoever is not counted yet looks once more.
+    void tell() {
+        if (!sleepers_.load()) return;
+        std::lock_guard<std::mutex> lock(mutex_);
+        changed_.notify_all();
+    }
+
+private:
+    std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable changed_;
+};
 
 void run_region(int threads, void (*body)(int, int, void*), void* context) {
     if (!openmp().complete()) {
@@ -83,10 +106,11 @@ public:
     }
     void run(int threads, void (*body)(int, int, void*), void* context) {
         body_ = body, body_context_ = context, shares_ = threads < threads_ ? threads : threads_;
-        finished_.store(0, std::memory_order_relaxed);
-        posted_.fetch_add(1, std::memory_order_release);
+        finished_ = 0;
+        ++posted_;
+        meeting_.tell();
         take(0);
-        wait_awake([&] { return finished_.load(std::memory_order_acquire) == threads_; });
+        meeting_.wait([&] { return finished_ == threads_; });
         pass_on();
     }
     void pass_on() const {
@@ -99,8 +123,8 @@ private:
     void lead(int threads);
     void follow(int thread) {
         for (int done = 0;;) {
-            wait_awake([&] { return posted_.load(std::memory_order_acquire) != done; });
-            done = posted_.load(std::memory_order_acquire);
+            meeting_.wait([&] { return posted_ != done; });
+            done = posted_;
             if (done == dismissed) return;
             take(thread);
         }
@@ -109,7 +133,8 @@ private:
         attempt([&] {
             if (thread < shares_) body_(thread, shares_, body_context_);
         });
-        finished_.fetch_add(1, std::memory_order_release);
+        ++finished_;
+        meeting_.tell();
     }
     template <class F>
     void attempt(F&& f) {
@@ -125,6 +150,7 @@ private:
     int threads_ = 1, shares_ = 1;
     void (*body_)(int, int, void*) = nullptr;
     void* body_context_ = nullptr;
+    Meeting meeting_;
     std::atomic<int> posted_{0}, finished_{0};
     std::atomic<bool> failed_{false};
     std::exception_ptr error_;
@@ -146,7 +172,8 @@ void Team::lead(int threads) {
     own_team = this;
     attempt([&] { f_(f_context_); });
     own_team = nullptr;
-    posted_.store(dismissed, std::memory_order_release);
+    posted_ = dismissed;
+    meeting_.tell();
 }
 
 }  // namespace
@@ -157,10 +184,11 @@ void set_wake_microseconds(double microseconds) { wake().store(microseconds, std
 const char* team_kind() { return openmp().complete() ? "openmp" : "std::thread"; }
 
 void run_team(int threads, void (*body)(int, int, void*), void* context) {
-    if (own_team)
-        own_team->run(threads, body, context);
-    else
-        run_region(threads, body, context);
+    if (!own_team) return run_region(threads, body, context);
+    Team* const team = own_team;
+    own_team = nullptr;  // a share that is split again would wait for itself
+    team->run(threads, body, context);
+    own_team = team;
 }
 
 void keep_team(int threads, void (*f)(void*), void* context) {

@@ -1,6 +1,7 @@
 // One thread team per process: the OpenMP runtime that torch already loaded, found at run time.
 // Linking our own would give a second team, and two teams spinning on the same cores cost more than they bring.
 #pragma once
+#include <type_traits>
 
 namespace llmfp4::cpu {
 
@@ -15,7 +16,7 @@ void keep_team(int threads, void (*f)(void* context), void* context);
 template <class F>
 void with_team(int threads, F&& f) {
     if (threads <= 1) return f();
-    keep_team(threads, [](void* p) { (*static_cast<F*>(p))(); }, &f);
+    keep_team(threads, [](void* p) { (*static_cast<std::remove_reference_t<F>*>(p))(); }, &f);
 }
 
 // What the start of a team takes: its threads sleep under OMP_WAIT_POLICY=passive, otherwise they spin for a while.

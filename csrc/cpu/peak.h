@@ -62,18 +62,14 @@ inline double peak_float(double seconds) {
     });
 }
 
-#if defined(__AVX512BW__)
-// No kernel of this set multiplies bf16 pairs, but rivals do where the CPU can.
+#if LLMFP4_BF16_PAIRS
 inline double peak_bf16_pairs(double seconds) {
-    if (!__builtin_cpu_supports("avx512bf16")) return 0.0;
+    if (!has_bf16_pairs()) return 0.0;
     constexpr int rows = float_rows, tiles = float_tiles;
     float sums[rows * tiles * tile_n] = {};
-    const __m512i pairs = _mm512_set1_epi16(0x3f00);
+    const uint32_t pairs = 0x3f003f00;
     return best_rate(seconds, double(peak_steps) * rows * tiles * tile_n * 4, [&] {
-        multiply_sums<rows, tiles, 0>(sums, &pairs, [](F32 sum, const __m512i* x) {
-            asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(*x));
-            return sum;
-        });
+        multiply_sums<rows, tiles, 0>(sums, &pairs, [](F32 sum, const uint32_t* x) { return dot2(sum, x); });
     });
 }
 #endif
@@ -81,7 +77,7 @@ inline double peak_bf16_pairs(double seconds) {
 inline double peak(Unit unit, double seconds) {
     if (unit == Unit::int8) return peak_integer(seconds);
     if (unit == Unit::fp32) return peak_float(seconds);
-#if defined(__AVX512BW__)
+#if LLMFP4_BF16_PAIRS
     return peak_bf16_pairs(seconds);
 #else
     return 0.0;

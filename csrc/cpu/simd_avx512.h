@@ -51,6 +51,15 @@ inline I32 dot4(I32 sum, Bytes w, const int8_t* x) {
     return sum;
 }
 
+// Products of bf16 pairs, sixteen times the same: what rivals multiply with where the CPU can.
+#define LLMFP4_BF16_PAIRS 1
+inline bool has_bf16_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+inline F32 dot2(F32 sum, const uint32_t* x) {
+    const __m512i pairs = _mm512_set1_epi32(int(*x));
+    asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(pairs));
+    return sum;
+}
+
 template <int nibble>
 inline F32 decode_column(Tile t, const FloatTable& table) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(t, 4 * nibble), table.entries);  // reads the low 4 bits of a lane
