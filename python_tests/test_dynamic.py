@@ -55,6 +55,14 @@ def test_integer_kernels_return_the_references_bits(kernel, activation, dynamic)
             assert same_bits(prepared.run(kernel, x), reference.gemm(x, packed, bias).to(dtype)), (m, dtype)
 
 
+@pytest.mark.parametrize("group_size", [1, 7, 31, 48, 64, 80, 144, 255, 256])
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+def test_groups_of_any_size(kernel, group_size):
+    for k in (group_size, 1100, 16 * group_size + 1):
+        packed, x = dynamic_packed(17, k, E2M1, E2M1, Dynamic(group_size, INTEGER)), wild_x(9, k)
+        assert same_bits(cpu.Prepared(packed, None).run(kernel, x), reference.gemm(x, packed)), k
+
+
 @pytest.mark.parametrize(("activation", "dynamic"), INTEGER_ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
 def test_the_least_scale_of_a_token(kernel, activation, dynamic):

@@ -52,7 +52,8 @@ inline void quantize_rows(const Weights& w, const Activation& a, const Call& cal
                 const auto [low, high] = place(m);
                 const auto* row = source + m * call.ldx;
                 if (a.dynamic) {
-                    auto* values = static_cast<float*>(workspace(slot_panel, dynamic_floats(padded_k) * sizeof(float)));
+                    auto* values =
+                        static_cast<float*>(workspace(slot_panel, dynamic_floats(a, padded_k) * sizeof(float)));
                     x.scale[m] = quantize_dynamic_row(row, w.at.k, padded_k, a, values, low, sums) * a.unit;
                 } else {
                     const bool finite = x.planes == 2 ? quantize_row<2>(row, w.at.k, padded_k, a, low, high, sums)

@@ -6,6 +6,7 @@
 //     Bytes   64 bytes: 16 outputs x 4 inputs, element integer, plus an offset that makes it unsigned if not
 //     signed_bytes I32 F32 16 lanes, one per output
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "../core/layout.h"
@@ -68,30 +69,6 @@ constexpr int16_t e4m3_as_half = int16_t(0xbf80);
 
 }  // namespace llmfp4::cpu::LLMFP4_ISA
 
-#if !defined(__AVX512VNNI__) || !defined(__AVX512BW__)
-namespace llmfp4::cpu::LLMFP4_ISA {
-
-// What AVX-512 has words of its own for. rows [16][16] → out [16].
-template <class Op>
-inline void reduce_rows(const float* __restrict rows, float* __restrict out, Op&& op) {
-    for (int r = 0; r < 16; ++r) {
-        float half[8];  // in vectors, which an order from left to right would not be
-        for (int i = 0; i < 8; ++i) half[i] = op(rows[16 * r + i], rows[16 * r + i + 8]);
-        for (int i = 0; i < 4; ++i) half[i] = op(half[i], half[i + 4]);
-        out[r] = op(op(half[0], half[2]), op(half[1], half[3]));
-    }
-}
-inline void max_of_rows(const float* rows, float* out) {
-    reduce_rows(rows, out, [](float a, float b) { return a > b ? a : b; });
-}
-inline void sum_of_rows(const float* rows, float* out) {
-    reduce_rows(rows, out, [](float a, float b) { return a + b; });
-}
-
-}  // namespace llmfp4::cpu::LLMFP4_ISA
-
-#endif
-
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
@@ -103,6 +80,31 @@ inline void sum_of_rows(const float* rows, float* out) {
 #endif
 
 namespace llmfp4::cpu::LLMFP4_ISA {
+
+#if !defined(__AVX512VNNI__) || !defined(__AVX512BW__)
+// What AVX-512 has words of its own for. 16 rows → the largest magnitude, or the sum, of each.
+template <class Op>
+inline F32 reduce_rows(const float* rows, size_t stride, Op&& op) {
+    alignas(64) float out[16];
+    for (int r = 0; r < 16; ++r) {
+        const float* row = rows + r * stride;
+        float half[8];  // in vectors, which an order from left to right would not be
+        for (int i = 0; i < 8; ++i) half[i] = op(row[i], row[i + 8]);
+        for (int i = 0; i < 4; ++i) half[i] = op(half[i], half[i + 4]);
+        out[r] = op(op(half[0], half[2]), op(half[1], half[3]));
+    }
+    return load(out);
+}
+inline F32 max_of_rows(const float* rows, size_t stride) {
+    return reduce_rows(rows, stride, [](float a, float b) {
+        const float magnitude_a = __builtin_fabsf(a), magnitude_b = __builtin_fabsf(b);
+        return magnitude_a > magnitude_b ? magnitude_a : magnitude_b;
+    });
+}
+inline F32 sum_of_rows(const float* rows, size_t stride) {
+    return reduce_rows(rows, stride, [](float a, float b) { return a + b; });
+}
+#endif
 
 // How many bytes beyond a tile those lie that are read 32 and 64 steps later. A step reads one tile of each of `rows`
 // neighbouring rows of tiles; behind the ends of these rows the next ones begin.

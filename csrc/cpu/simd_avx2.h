@@ -74,6 +74,7 @@ template <int nibble>
 inline F32 decode_column(Tile t, const FloatTable& table) {
     return {{decode_half<nibble>(t.half[0], table), decode_half<nibble>(t.half[1], table)}};
 }
+inline F32 f32_all(float v) { return {{_mm256_set1_ps(v), _mm256_set1_ps(v)}}; }
 inline F32 f32_zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
 inline F32 to_float(I32 v) { return {{_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])}}; }
 inline F32 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
@@ -89,6 +90,50 @@ inline F32 fma(F32 sum, F32 w, F32 x) {
 inline F32 fma(F32 sum, F32 w, const float* x) {
     const __m256 all = _mm256_broadcast_ss(x);
     return fma(sum, w, F32{{all, all}});
+}
+
+inline F32 sub(F32 a, F32 b) { return {{_mm256_sub_ps(a.half[0], b.half[0]), _mm256_sub_ps(a.half[1], b.half[1])}}; }
+template <class Op>
+LLMFP4_INLINE F32 each_half(Op&& op) {
+    return {{op(0), op(1)}};
+}
+inline F32 div(F32 a, F32 b) { return {{_mm256_div_ps(a.half[0], b.half[0]), _mm256_div_ps(a.half[1], b.half[1])}}; }
+inline F32 ceil(F32 v) { return {{_mm256_ceil_ps(v.half[0]), _mm256_ceil_ps(v.half[1])}}; }
+inline F32 clip(F32 v, F32 top) {
+    return each_half([&](int i) {
+        const __m256 bottom = _mm256_xor_ps(top.half[i], _mm256_set1_ps(-0.0f));
+        return _mm256_max_ps(_mm256_min_ps(v.half[i], top.half[i]), bottom);
+    });
+}
+inline F32 magnitude(F32 v) {
+    return each_half([&](int i) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v.half[i]); });
+}
+inline F32 larger(F32 a, F32 b) {
+    return each_half([&](int i) {
+        return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a.half[i]), _mm256_castps_si256(b.half[i])));
+    });
+}
+inline F32 binade(F32 v, F32 least) {
+    return each_half(
+        [&](int i) { return _mm256_max_ps(_mm256_and_ps(v.half[i], _mm256_set1_ps(INFINITY)), least.half[i]); });
+}
+inline I32 to_integers(F32 v) { return {{_mm256_cvtps_epi32(v.half[0]), _mm256_cvtps_epi32(v.half[1])}}; }
+inline Bytes to_bytes(const F32 (&v)[4]) {
+    const auto pair = [&](int i) {
+        return _mm256_packs_epi32(_mm256_cvtps_epi32(v[i].half[0]), _mm256_cvtps_epi32(v[i].half[1]));
+    };
+    const auto half = [&](int i) {
+        return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(pair(i), pair(i + 1)),
+                                           _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    };
+    return {{half(0), half(2)}};
+}
+inline I32 sum4(I32 sum, Bytes b) {
+    const auto half = [&](int i) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), b.half[i]);
+        return _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    };
+    return {{half(0), half(1)}};
 }
 
 inline __m256 load_half_scales(ScaleKind kind, const uint8_t* p) {

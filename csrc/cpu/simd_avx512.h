@@ -80,25 +80,42 @@ inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 fma(F32 sum, F32 w, F32 x) { return _mm512_fmadd_ps(w, x, sum); }
 inline F32 fma(F32 sum, F32 w, const float* x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 ceil(F32 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+inline F32 clip(F32 v, F32 top) { return _mm512_range_ps(v, top, 2); }  // the least magnitude, with the sign of v
+inline F32 magnitude(F32 v) { return _mm512_abs_ps(v); }
+inline F32 larger(F32 a, F32 b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+inline F32 binade(F32 v, F32 least) { return _mm512_max_ps(_mm512_and_ps(v, f32_all(INFINITY)), least); }
+inline I32 to_integers(F32 v) { return _mm512_cvtps_epi32(v); }
+inline Bytes to_bytes(const F32 (&v)[4]) {
+    const auto pair = [&](int i) { return _mm512_packs_epi32(_mm512_cvtps_epi32(v[i]), _mm512_cvtps_epi32(v[i + 1])); };
+    const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(quarters, _mm512_packs_epi16(pair(0), pair(2)));
+}
+inline I32 sum4(I32 sum, Bytes b) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), b); }
+
 // Registers of rows a and b to one of a0·a2 b0·b2 a1·a3 b1·b3, and so on: half as many at each step.
 template <class Op>
-LLMFP4_INLINE void reduce_rows(const float* rows, float* out, Op&& op) {
+LLMFP4_INLINE F32 reduce_rows(const float* rows, size_t stride, Op&& op) {
     const auto halves = [&](__m512 a, __m512 b) { return op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
     const auto quarters = [&](__m512 a, __m512 b) {
         return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     };
     __m512 four[4];
     each<4>([&](int i) {
-        const float* p = rows + 64 * i;
-        four[i] = halves(halves(load(p), load(p + 32)), halves(load(p + 16), load(p + 48)));
+        const float* p = rows + 4 * i * stride;
+        four[i] = halves(halves(load(p), load(p + 2 * stride)), halves(load(p + stride), load(p + 3 * stride)));
     });
-    store(out, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+    return quarters(quarters(four[0], four[1]), quarters(four[2], four[3]));
 }
-inline void max_of_rows(const float* rows, float* out) {
-    reduce_rows(rows, out, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+inline F32 max_of_rows(const float* rows, size_t stride) {
+    return reduce_rows(rows, stride, [](__m512 a, __m512 b) { return _mm512_range_ps(a, b, 11); });  // of magnitudes
 }
-inline void sum_of_rows(const float* rows, float* out) {
-    reduce_rows(rows, out, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+inline F32 sum_of_rows(const float* rows, size_t stride) {
+    return reduce_rows(rows, stride, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
 }
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

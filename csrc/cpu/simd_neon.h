@@ -83,6 +83,9 @@ inline F32 decode_column(const Tile& t, const FloatTable& table) {
         return vcvtq_n_f32_s32(vreinterpretq_s32_u32(vshlq_n_u32(vreinterpretq_u32_u8(quarter), 24)), 24 + quarters);
     });
 }
+inline F32 f32_all(float v) {
+    return each_part<F32>([&](int) { return vdupq_n_f32(v); });
+}
 inline F32 f32_zero() {
     return each_part<F32>([](int) { return vdupq_n_f32(0.0f); });
 }
@@ -106,6 +109,47 @@ inline F32 fma(const F32& sum, const F32& w, const F32& x) {
 }
 inline F32 fma(const F32& sum, const F32& w, const float* x) {
     return each_part<F32>([&](int i) { return vfmaq_n_f32(sum.part[i], w.part[i], *x); });
+}
+inline F32 sub(const F32& a, const F32& b) {
+    return each_part<F32>([&](int i) { return vsubq_f32(a.part[i], b.part[i]); });
+}
+inline F32 div(const F32& a, const F32& b) {
+    return each_part<F32>([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
+}
+inline F32 ceil(const F32& v) {
+    return each_part<F32>([&](int i) { return vrndpq_f32(v.part[i]); });
+}
+inline F32 clip(const F32& v, const F32& top) {
+    return each_part<F32>(
+        [&](int i) { return vmaxnmq_f32(vminnmq_f32(v.part[i], top.part[i]), vnegq_f32(top.part[i])); });
+}
+inline F32 magnitude(const F32& v) {
+    return each_part<F32>([&](int i) { return vabsq_f32(v.part[i]); });
+}
+inline F32 larger(const F32& a, const F32& b) {
+    return each_part<F32>([&](int i) {
+        return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a.part[i]), vreinterpretq_u32_f32(b.part[i])));
+    });
+}
+inline F32 binade(const F32& v, const F32& least) {
+    return each_part<F32>([&](int i) {
+        const uint32x4_t power = vandq_u32(vreinterpretq_u32_f32(v.part[i]), vdupq_n_u32(0x7f800000u));
+        return vmaxq_f32(vreinterpretq_f32_u32(power), least.part[i]);
+    });
+}
+inline I32 to_integers(const F32& v) {
+    return each_part<I32>([&](int i) { return vcvtnq_s32_f32(v.part[i]); });
+}
+inline Bytes to_bytes(const F32 (&v)[4]) {
+    return each_part<Bytes>([&](int i) {
+        const auto pair = [&](int j) {
+            return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(v[i].part[j])), vqmovn_s32(vcvtnq_s32_f32(v[i].part[j + 1])));
+        };
+        return vcombine_s8(vqmovn_s16(pair(0)), vqmovn_s16(pair(2)));
+    });
+}
+inline I32 sum4(const I32& sum, const Bytes& b) {
+    return each_part<I32>([&](int i) { return vdotq_s32(sum.part[i], b.part[i], vdupq_n_s8(1)); });
 }
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
     float scales[16];

@@ -1,5 +1,6 @@
 // The words of simd.h in plain C++.
 #pragma once
+#include "../core/half.h"
 #include "simd.h"
 
 namespace llmfp4::cpu::LLMFP4_ISA {
@@ -68,6 +69,9 @@ template <int nibble>
 inline F32 decode_column(const Tile& t, const FloatTable& table) {
     return each_lane<F32>([&](size_t i) { return table.entries[t.lane[4 * i + nibble / 2] >> (nibble % 2 * 4) & 15]; });
 }
+inline F32 f32_all(float v) {
+    return each_lane<F32>([&](size_t) { return v; });
+}
 inline F32 f32_zero() {
     return each_lane<F32>([](size_t) { return 0.0f; });
 }
@@ -87,6 +91,52 @@ inline F32 fma(const F32& sum, const F32& w, const F32& x) {
 }
 inline F32 fma(const F32& sum, const F32& w, const float* x) {
     return each_lane<F32>([&](size_t i) { return sum.lane[i] + w.lane[i] * *x; });
+}
+inline F32 sub(const F32& a, const F32& b) {
+    return each_lane<F32>([&](size_t i) { return a.lane[i] - b.lane[i]; });
+}
+inline F32 div(const F32& a, const F32& b) {
+    return each_lane<F32>([&](size_t i) { return a.lane[i] / b.lane[i]; });
+}
+inline F32 ceil(const F32& v) {
+    return each_lane<F32>([&](size_t i) { return __builtin_ceilf(v.lane[i]); });
+}
+inline F32 clip(const F32& v, const F32& top) {
+    return each_lane<F32>([&](size_t i) {
+        const float below = v.lane[i] < top.lane[i] ? v.lane[i] : top.lane[i];
+        return below > -top.lane[i] ? below : -top.lane[i];
+    });
+}
+inline F32 magnitude(const F32& v) {
+    return each_lane<F32>([&](size_t i) { return float_from_bits(bits_of(v.lane[i]) & 0x7fffffffu); });
+}
+inline F32 larger(const F32& a, const F32& b) {
+    return each_lane<F32>([&](size_t i) {
+        const uint32_t bits_a = bits_of(a.lane[i]), bits_b = bits_of(b.lane[i]);
+        return float_from_bits(bits_a > bits_b ? bits_a : bits_b);
+    });
+}
+inline F32 binade(const F32& v, const F32& least) {
+    return each_lane<F32>([&](size_t i) {
+        const float power = float_from_bits(bits_of(v.lane[i]) & 0x7f800000u);
+        return power > least.lane[i] ? power : least.lane[i];
+    });
+}
+inline I32 to_integers(const F32& v) {
+    return each_lane<I32>([&](size_t i) { return int32_t(v.lane[i]); });
+}
+inline Bytes to_bytes(const F32 (&v)[4]) {
+    return each_lane<Bytes>([&](size_t i) {
+        const float whole = v[i / 16].lane[i % 16] + 0x1.8p23f;  // the low bits are those of the nearest integer
+        return uint8_t(bits_of(whole));
+    });
+}
+inline I32 sum4(const I32& sum, const Bytes& b) {
+    return each_lane<I32>([&](size_t i) {
+        int32_t s = sum.lane[i];
+        for (int j = 0; j < 4; ++j) s += int8_t(b.lane[4 * i + j]);
+        return s;
+    });
 }
 inline F32 load_scales(ScaleKind kind, const uint8_t* p) {
     return each_lane<F32>([&](size_t i) { return decode_scale(kind, p[i]); });
