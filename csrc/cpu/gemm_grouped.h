@@ -86,8 +86,8 @@ struct GroupPanel {
 
 // MT rows times NT tiles of a panel; adds to sums. `starts` are those of the panel's first group and the first row.
 template <int MT, int NT>
-inline void multiply_grouped_panel(const GroupPanel p, const int32_t* starts, int rows, const int8_t* xs, size_t ldx,
-                                   float* __restrict sums) {
+LLMFP4_APART void multiply_grouped_panel(const GroupPanel p, const int32_t* starts, int rows, const int8_t* xs,
+                                         size_t ldx, float* __restrict sums) {
     constexpr size_t ld = panel_tiles * tile_n;
     const size_t group_bytes = size_t(p.group_k4) * tile_bytes;
     const uint8_t* bytes = p.bytes;
@@ -130,13 +130,14 @@ inline void few_grouped(const Weights& w, const Call& call, const IntegerRows& x
 inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& x, const GroupStarts& starts, int m0,
                          int m, int tile, int tiles, const IntegerTable& table) {
     constexpr size_t ld = panel_tiles * tile_n;
-    const int groups = w.group_size < panel_k ? panel_k / w.group_size : 1, stretch = groups * w.group_size / 4;
+    const int stretch = inputs_of_panel(w, w.group_size) / 4, groups = 4 * stretch / w.group_size;
     const size_t tile_stride = size_t(stretch) * tile_bytes;
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * (tile_stride + groups * tile_n * 4)));
     auto* scales = reinterpret_cast<float*>(panel + panel_tiles * tile_stride);
     auto* sums = static_cast<float*>(workspace(slot_accumulators, m * ld * sizeof(float)));
     for (size_t i = 0; i < m * ld; ++i) sums[i] = 0.0f;
-    const int total_k4 = int(w.at.padded_k()) / 4;
+    const int total_k4 = int(w.at.padded_k()) / 4, outputs = outputs_from(w, tile, tiles);
+    prefetch_outputs(w, call, m0, panel_rows, tile, tiles);
     for (int g0 = 0, k4 = 0; g0 < w.groups; g0 += groups, k4 += stretch) {
         const int chunk = total_k4 - k4 < stretch ? total_k4 - k4 : stretch;
         const int here = w.groups - g0 < groups ? w.groups - g0 : groups;
@@ -147,15 +148,18 @@ inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& 
                       load_scales(w.scale_kind, w.group_scale + (size_t(tile + t) * w.groups + g0 + g) * tile_n));
         const int group_k4 = w.group_size / 4, k4_end = here * group_k4 < chunk ? here * group_k4 : chunk;
         const GroupPanel p{panel, tile_stride, scales, tiles, k4_end, group_k4};
+        const bool last = g0 + groups >= w.groups;
         with_block<panel_tiles>(tiles, [&](auto nt) {
             for (int r = 0; r < m;)
                 r += with_block<panel_rows>(m - r, [&](auto mt) {
+                    if (last) prefetch_outputs(w, call, m0 + r + mt, mt, tile, tiles);
                     multiply_grouped_panel<mt, nt>(p, starts.group(g0) + m0 + r, starts.rows, x.row(m0 + r) + 4 * k4,
                                                    x.ld, sums + r * ld);
+                    if (last)
+                        finish_float_rows(w, call, x.scale, m0 + r, mt, tile * tile_n, outputs, sums + r * ld, ld);
                 });
         });
     }
-    finish_float_rows(w, call, x.scale, m0, m, tile * tile_n, outputs_from(w, tile, tiles), sums, ld);
 }
 
 inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call) {

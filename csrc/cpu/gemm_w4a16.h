@@ -146,8 +146,8 @@ inline void decode_float_panel(const Weights& w, const FloatTable& table, int ti
 }
 
 template <int MT, int NT>
-inline void multiply_float_panel(const float* panel, size_t k_stride, int k, const float* xs, size_t ldx, float* sums,
-                                 size_t ld) {
+LLMFP4_APART void multiply_float_panel(const float* panel, size_t k_stride, int k, const float* xs, size_t ldx,
+                                       float* sums, size_t ld) {
     F32 acc[MT][NT];
     each<MT, NT>([&](int i, int t) { acc[i][t] = load(sums + i * ld + t * tile_n); });
     for (int j = 0; j < k; ++j) {
@@ -172,18 +172,25 @@ inline void few_float(const Weights& w, const Call& call, const FloatRows& x, in
         });
 }
 
-// Rows m0..m0+m times `tiles` (≤ float_tiles) tiles and inputs begin..end; adds to sums.
-LLMFP4_INLINE void multiply_float_stretch(const Weights& w, const FloatTable& table, const FloatRows& x, int m0, int m,
-                                          int tile, int tiles, int begin, int end, float* sums) {
+// Rows m0..m0+m times `tiles` (≤ float_tiles) tiles and inputs begin..end; adds to sums, and finishes rows at the end
+// of all inputs.
+LLMFP4_INLINE void multiply_float_stretch(const Weights& w, const Call& call, const FloatTable& table,
+                                          const FloatRows& x, int m0, int m, int tile, int tiles, int begin, int end,
+                                          float* sums) {
     constexpr size_t ld = float_tiles * tile_n;
+    const int outputs = outputs_from(w, tile, tiles);
     auto* panel = static_cast<float*>(workspace(slot_panel, float_panel_k * ld * sizeof(float)));
     for (int k = begin; k < end; k += float_panel_k) {
         const int chunk = end - k < float_panel_k ? end - k : float_panel_k;
+        const bool last = k + chunk == int(w.at.padded_k());
         decode_float_panel(w, table, tile, tiles, k / tile_k, chunk / tile_k, panel, ld);
         with_block<float_tiles>(tiles, [&](auto nt) {
             for (int r = 0; r < m;)
                 r += with_block<float_rows>(m - r, [&](auto mt) {
+                    if (last) prefetch_outputs(w, call, m0 + r + mt, mt, tile, tiles);
                     multiply_float_panel<mt, nt>(panel, ld, chunk, x.row(m0 + r) + k, x.ld, sums + r * ld, ld);
+                    if (last)
+                        finish_float_rows(w, call, nullptr, m0 + r, mt, tile * tile_n, outputs, sums + r * ld, ld);
                 });
         });
     }
@@ -196,18 +203,13 @@ inline void many_float(const Weights& w, const Call& call, const FloatRows& x, i
     const int padded_k = int(w.at.padded_k()), panels = (tiles + float_tiles - 1) / float_tiles;
     auto* sums = static_cast<float*>(workspace(slot_accumulators, panels * m * ld * sizeof(float)));
     for (size_t i = 0; i < panels * m * ld; ++i) sums[i] = 0.0f;
-    const auto each_panel = [&](auto&& f) {
-        for (int t = 0; t < tiles; t += float_tiles)
-            f(tile + t, tiles - t < float_tiles ? tiles - t : float_tiles, sums + size_t(t) * tile_n * m);
-    };
     for (int k = 0; k < padded_k; k += float_stretch_k)
-        each_panel([&](int first, int count, float* of_panel) {
+        for (int t = 0; t < tiles; t += float_tiles) {
             const int end = padded_k - k < float_stretch_k ? padded_k : k + float_stretch_k;
-            multiply_float_stretch(w, table, x, m0, m, first, count, k, end, of_panel);
-        });
-    each_panel([&](int first, int count, float* of_panel) {
-        finish_float_rows(w, call, nullptr, m0, m, first * tile_n, outputs_from(w, first, count), of_panel, ld);
-    });
+            multiply_float_stretch(w, call, table, x, m0, m, tile + t,
+                                   tiles - t < float_tiles ? tiles - t : float_tiles, k, end,
+                                   sums + size_t(t) * tile_n * m);
+        }
 }
 
 inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
