@@ -24,6 +24,7 @@ public:
              pointer<uint8_t>(group_scale),
              group_size,
              group_size ? (k + group_size - 1) / group_size : 0,
+             false,
              false},
           shift_(pointer<uint8_t>(shift)),
           factor_(w_.at.padded_k(), 0.0f) {
@@ -34,6 +35,8 @@ public:
             int exponent;
             return f != 0.0f && std::frexp(f, &exponent) != 0.5f;
         });
+        w_.foldable = !w_.smoothed && std::all_of(factor_.begin(), factor_.end(),
+                                                  [](float f) { return f == 0.0f || (f >= 0x1p-15f && f <= 1.0f); });
     }
 
     bool smoothed() const { return w_.smoothed; }

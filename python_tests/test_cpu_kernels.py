@@ -167,6 +167,25 @@ def test_w4a16_shift_scales_channels(kernel):
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("group", GROUP_SCALES, ids=lambda g: f"{g[0].name}-{g[1]}" if g[0] else "rows")
+def test_w4a16_reads_rows_where_they_lie(kernel, group, threads):
+    """fp32 rows of whole tiles are not copied, and their factors go into the weights; 2^-16 and 2 do not fit there."""
+    for (m, n, k), element in itertools.product([(9, 17, 64), (40, 70, 192), (200, 130, 640)], FP4_ELEMENTS.values()):
+        packed = random_packed(n, k, element, shift=True, scale=group[0], group_size=group[1])
+        memory = torch.full((m * k + 100,), float("nan"))
+        x = memory[1 : m * k + 1].view(m, k)
+        x.copy_(random_x(m, k))
+        exact = x.double() @ reference.dequantize(packed, torch.float64).T
+        for count in (1, 2):
+            threads(count)
+            y = Prepared(packed, None).run(kernel, x)
+            assert ((y.double() - exact).abs() <= summation_bound(x, packed)).all(), (m, n, k, element.name)
+            for factor in (2.0**-16, 2.0**-12, 2.0):
+                scaled = dataclasses.replace(packed, x_factor=torch.full((k,), factor))
+                assert same_bits(Prepared(scaled, None).run(kernel, x), y * factor), (m, n, k, element.name, factor)
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda k: k.name)
 @pytest.mark.parametrize("activation", FP4_ELEMENTS.values(), ids=lambda e: e.name)
 def test_activation_codes_at_every_tie(kernel, activation):
     """A weight that is the identity shows the quantized activations themselves."""

@@ -82,7 +82,7 @@ template <int digits>
 inline void few_fixed(const Weights& w, const Call& call, const FixedRows<digits>& x, int begin, int end) {
     const IntegerTable table(w.element);
     const FloatTable floats = float_table(w.element);
-    const FloatRows as_floats{x.floats, x.padded_k};
+    const FloatRows as_floats{x.floats, x.padded_k, nullptr};
     constexpr size_t ld = fixed_tiles * tile_n;
     float sums[fixed_rows * ld];
     for (int tile = begin; tile < end; tile += fixed_tiles) {

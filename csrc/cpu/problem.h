@@ -22,6 +22,7 @@ struct Weights {
     const uint8_t* group_scale;  // [n/16][groups][16] or null
     int group_size, groups;
     bool smoothed;  // the activations are multiplied by an x_factor that is no power of two
+    bool foldable;  // every x_factor is a power of two from 2^-15 to 1: weights times it are as exact as activations
 };
 
 constexpr int dynamic_group_limit = 256;
