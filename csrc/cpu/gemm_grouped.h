@@ -129,13 +129,11 @@ inline void few_grouped(const Weights& w, const Call& call, const IntegerRows& x
 // One task: rows m0..m0+m times `tiles` (≤ panel_tiles) tiles. A panel holds whole groups.
 inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& x, const GroupStarts& starts, int m0,
                          int m, int tile, int tiles, const IntegerTable& table) {
-    constexpr size_t ld = panel_tiles * tile_n;
     const int stretch = inputs_of_panel(w, w.group_size) / 4, groups = 4 * stretch / w.group_size;
     const size_t tile_stride = size_t(stretch) * tile_bytes;
     auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * (tile_stride + groups * tile_n * 4)));
     auto* scales = reinterpret_cast<float*>(panel + panel_tiles * tile_stride);
-    auto* sums = static_cast<float*>(workspace(slot_accumulators, m * ld * sizeof(float)));
-    for (size_t i = 0; i < m * ld; ++i) sums[i] = 0.0f;
+    const TaskSums<float> sums(groups >= w.groups, 1, m);
     const int total_k4 = int(w.at.padded_k()) / 4, outputs = outputs_from(w, tile, tiles);
     prefetch_outputs(w, call, m0, panel_rows, tile, tiles);
     for (int g0 = 0, k4 = 0; g0 < w.groups; g0 += groups, k4 += stretch) {
@@ -153,10 +151,13 @@ inline void many_grouped(const Weights& w, const Call& call, const IntegerRows& 
             for (int r = 0; r < m;)
                 r += with_block<panel_rows>(m - r, [&](auto mt) {
                     if (last) prefetch_outputs(w, call, m0 + r + mt, mt, tile, tiles);
+                    if (g0 == 0)
+                        each<mt, panel_tiles>(
+                            [&](int i, int t) { store(sums.row(r) + i * sums.ld + t * tile_n, f32_zero()); });
                     multiply_grouped_panel<mt, nt>(p, starts.group(g0) + m0 + r, starts.rows, x.row(m0 + r) + 4 * k4,
-                                                   x.ld, sums + r * ld);
+                                                   x.ld, sums.row(r));
                     if (last)
-                        finish_float_rows(w, call, x.scale, m0 + r, mt, tile * tile_n, outputs, sums + r * ld, ld);
+                        finish_float_rows(w, call, x.scale, m0 + r, mt, tile * tile_n, outputs, sums.row(r), sums.ld);
                 });
         });
     }
@@ -170,7 +171,7 @@ inline void w4a8_grouped(const Weights& w, const Activation& a, const Call& call
     if (call.m <= few_rows)
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_grouped(w, call, x, starts, int(begin), int(end)); });
-    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles);
+    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles, most_rows(w));
     for_panels(threads, call.m, rows, tiles, panel_tiles, [&](int m0, int m, int tile, int count) {
         many_grouped(w, call, x, starts, m0, m, tile, count, table);
     });

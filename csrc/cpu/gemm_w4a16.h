@@ -52,10 +52,12 @@ inline void finish_float_rows(const Weights& w, const Call& call, const float* x
                               int count, const float* sums, size_t ld) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
-        for (int r = 0; r < rows; ++r)
-            finish_float_row(sums + r * ld, x_scale ? x_scale[m0 + r] : 1.0f, w.row_scale + n0,
-                             w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0,
-                             count);
+        with_count(count, [&](auto outputs) {
+            for (int r = 0; r < rows; ++r)
+                finish_float_row(sums + r * ld, x_scale ? x_scale[m0 + r] : 1.0f, w.row_scale + n0,
+                                 w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m0 + r) * w.at.n + n0,
+                                 outputs);
+        });
     });
 }
 
@@ -233,7 +235,7 @@ inline void w4a16(const Weights& w, const float* x_factor, const Call& call) {
         return parallel_ranges(threads, tiles,
                                [&](long begin, long end) { few_float(w, call, x, int(begin), int(end)); });
     const FloatTable table = float_table(w.element);
-    const int rows = share_rows(threads, call.m, (tiles + float_tiles - 1) / float_tiles);
+    const int rows = share_rows(threads, call.m, (tiles + float_tiles - 1) / float_tiles, rows_per_task);
     const bool split = (call.m + rows - 1) / rows % threads != 0;
     const int share = split ? (tiles + threads - 1) / threads : tiles;
     const int tasks = (share + float_task_tiles - 1) / float_task_tiles;

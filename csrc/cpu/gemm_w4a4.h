@@ -5,14 +5,11 @@
 // them share a panel of decoded bytes.
 #pragma once
 #include "integer_rows.h"
+#include "panels.h"
 
 namespace llmfp4::cpu::LLMFP4_ISA {
 
 constexpr int few_rows = 8, fused_rows = 4, fused_tiles = 4;
-// 64 outputs x 512 inputs: 32 KiB, about the first-level cache. Rows of up to 640 are not worth a second panel and its
-// rounds of sums (576 x 576, m = 512: 1.03 times as long).
-constexpr int panel_k = 512, most_panel_k = 640;
-constexpr int rows_per_task = 192;
 
 struct IntegerTable {
     int offset;
@@ -32,28 +29,18 @@ inline void finish_rows(const Weights& w, const Call& call, const IntegerRows& x
                         const int32_t* sums, size_t ld, size_t plane_stride, int offset) {
     with_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
-        for (int r = 0; r < rows; ++r) {
-            const int m = m0 + r;
-            const int32_t* low = sums + r * ld;
-            const bool split = x.planes == 2;
-            finish_integer_row(low, -offset * x.sums[m], split ? low + plane_stride : nullptr,
-                               split ? -offset * x.sums[x.m + m] : 0, x.scale[m], w.row_scale + n0,
-                               w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0,
-                               count);
-        }
+        with_count(count, [&](auto outputs) {
+            for (int r = 0; r < rows; ++r) {
+                const int m = m0 + r;
+                const int32_t* low = sums + r * ld;
+                const bool split = x.planes == 2;
+                finish_integer_row(low, -offset * x.sums[m], split ? low + plane_stride : nullptr,
+                                   split ? -offset * x.sums[x.m + m] : 0, x.scale[m], w.row_scale + n0,
+                                   w.bias ? w.bias + n0 : nullptr, static_cast<T*>(call.y) + size_t(m) * w.at.n + n0,
+                                   outputs);
+            }
+        });
     });
-}
-
-// Reads what is written next: rows m0.. of a panel of `tiles` tiles and of the panel beside it. Stores to lines that no
-// cache holds keep everything behind them waiting (m = 512, y in memory: 1.3-1.5 times as long; 1.1-1.4 without the
-// panel beside, which comes much later). Always inlined: gcc 12 takes calls of what only prefetches for useless.
-LLMFP4_INLINE void prefetch_outputs(const Weights& w, const Call& call, int m0, int rows, int tile, int tiles) {
-    const size_t size = call.dtype == Dtype::f32 ? 4 : 2;
-    const int n0 = tile * tile_n, left = w.at.n - n0, count = left < 2 * tiles * tile_n ? left : 2 * tiles * tile_n;
-    for (int m = m0; m < m0 + rows && m < call.m; ++m) {
-        const char* y = static_cast<const char*>(call.y) + (size_t(m) * w.at.n + n0) * size;
-        for (size_t b = 0; b < count * size; b += 64) __builtin_prefetch(y + b, 1, 2);
-    }
 }
 
 // MT rows times NT adjacent tiles of 16 outputs, all of k, decoded on the way. Short accumulator blocks use two chains.
@@ -99,19 +86,6 @@ LLMFP4_APART void multiply_panel(const uint8_t* panel, size_t tile_stride, int k
     each<MT, NT>([&](int i, int t) { store(sums + i * ld + t * tile_n, acc[i][t]); });
 }
 
-// Calls f with the largest compile-time size ≤ Max that fits `left`.
-template <int Max, class F>
-inline int with_block(int left, F&& f) {
-    if constexpr (Max == 1) {
-        f(std::integral_constant<int, 1>{});
-        return 1;
-    } else {
-        if (left < Max) return with_block<Max - 1>(left, f);
-        f(std::integral_constant<int, Max>{});
-        return Max;
-    }
-}
-
 // Decode `k4`/2 tiles of each of `tiles` rows of tiles from tile kt0 on into [tiles][k4][64] bytes.
 inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, int tiles, size_t kt0, int k4,
                          uint8_t* panel, size_t tile_stride) {
@@ -124,11 +98,6 @@ inline void decode_panel(const Weights& w, const IntegerTable& table, int tile, 
             store_bytes(out + tile_bytes, decode_high(codes_16x8, table.bytes));
         }
     }
-}
-
-inline int outputs_from(const Weights& w, int tile, int tiles) {
-    const int left = w.at.n - tile * tile_n;
-    return left < tiles * tile_n ? left : tiles * tile_n;
 }
 
 inline void few(const Weights& w, const Call& call, const IntegerRows& x, int begin, int end) {
@@ -145,26 +114,19 @@ inline void few(const Weights& w, const Call& call, const IntegerRows& x, int be
         });
 }
 
-// Inputs of a panel, a multiple of `unit`: all panels are about as long, for while the last is multiplied the outputs
-// must arrive.
-inline int inputs_of_panel(const Weights& w, int unit) {
-    const int total = int(w.at.padded_k()), panels = total <= most_panel_k ? 1 : (total + panel_k - 1) / panel_k;
-    const int inputs = int(round_up((total + panels - 1) / panels, unit));
-    return inputs > most_panel_k && inputs > unit ? inputs - unit : inputs;
+template <int MT>
+inline void start_sums(const int32_t* of_rows, int offset, int32_t* sums) {
+    each<MT, panel_tiles>(
+        [&](int i, int t) { store(sums + (i * panel_tiles + t) * tile_n, i32_all(-offset * of_rows[i])); });
 }
 
 // One task: rows m0..m0+m of every plane times `tiles` (≤ panel_tiles) tiles.
 inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m0, int m, int tile, int tiles,
                  const IntegerTable& table) {
-    constexpr size_t ld = panel_tiles * tile_n, tile_stride = size_t(most_panel_k) * tile_n;
-    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
-    auto* sums = static_cast<int32_t*>(workspace(slot_accumulators, size_t(x.planes) * m * ld * sizeof(int32_t)));
-    for (int p = 0; p < x.planes; ++p)
-        for (int r = 0; r < m; ++r) {
-            const I32 start = i32_all(-table.offset * x.sums[p * x.m + m0 + r]);
-            each<panel_tiles>([&](int t) { store(sums + (p * m + r) * ld + t * tile_n, start); });
-        }
+    constexpr size_t tile_stride = size_t(most_panel_k) * tile_n;
     const int total = int(w.at.padded_k()), step = inputs_of_panel(w, tile_k), outputs = outputs_from(w, tile, tiles);
+    auto* panel = static_cast<uint8_t*>(workspace(slot_panel, panel_tiles * tile_stride));
+    const TaskSums<int32_t> sums(step >= total, x.planes, m);
     prefetch_outputs(w, call, m0, panel_rows, tile, tiles);
     for (int k = 0; k < total; k += step) {
         const int k4 = (total - k < step ? total - k : step) / 4;
@@ -174,38 +136,17 @@ inline void many(const Weights& w, const Call& call, const IntegerRows& x, int m
             for (int r = 0; r < m;)
                 r += with_block<panel_rows>(m - r, [&](auto mt) {
                     if (last) prefetch_outputs(w, call, m0 + r + mt, mt, tile, tiles);
-                    for (int p = 0; p < x.planes; ++p)
+                    for (int p = 0; p < x.planes; ++p) {
+                        if (k == 0) start_sums<mt>(x.sums + p * x.m + m0 + r, table.offset, sums.row(r, p));
                         multiply_panel<mt, nt>(panel, tile_stride, k4, x.row(p * x.m + m0 + r) + k, x.ld,
-                                               sums + (p * m + r) * ld, ld);
-                    if (last) finish_rows(w, call, x, m0 + r, mt, tile * tile_n, outputs, sums + r * ld, ld, m * ld, 0);
+                                               sums.row(r, p), sums.ld);
+                    }
+                    if (last)
+                        finish_rows(w, call, x, m0 + r, mt, tile * tile_n, outputs, sums.row(r), sums.ld,
+                                    sums.plane_stride(), 0);
                 });
         });
     }
-}
-
-// Rows of a block, `rows_per_task` at most. More blocks, as many for each thread, where that makes the longest share of
-// blocks times panels shorter: one takes as long as its rows and some 10 more, in which it decodes the panel.
-inline int share_rows(int threads, int m, int panels) {
-    constexpr int decode_rows = 10;
-    const auto length = [&](int blocks) {
-        return (long(blocks) * panels + threads - 1) / threads * ((m + blocks - 1) / blocks + decode_rows);
-    };
-    const int fewest = (m + rows_per_task - 1) / rows_per_task, even = int(round_up(fewest, threads));
-    const int blocks = length(even) < length(fewest) ? even : fewest;
-    return int(round_up((m + blocks - 1) / blocks, panel_rows));
-}
-
-// task(m0, rows, tile, tiles) for blocks of at most `rows` rows and `width` tiles; those of the same rows follow each
-// other.
-template <class F>
-inline void for_panels(int threads, int m, int rows, int tiles, int width, F&& task) {
-    const long blocks_m = (m + rows - 1) / rows, blocks_n = (tiles + width - 1) / width;
-    parallel_ranges(threads, blocks_m * blocks_n, [&](long begin, long end) {
-        for (long i = begin; i < end; ++i) {
-            const int m0 = int(i / blocks_n) * rows, tile = int(i % blocks_n) * width;
-            task(m0, m - m0 < rows ? m - m0 : rows, tile, tiles - tile < width ? tiles - tile : width);
-        }
-    });
 }
 
 inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
@@ -214,7 +155,7 @@ inline void w4a4(const Weights& w, const Activation& a, const Call& call) {
     if (x.rows() <= few_rows)
         return parallel_ranges(threads, tiles, [&](long begin, long end) { few(w, call, x, int(begin), int(end)); });
     const IntegerTable table(w.element);
-    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles);
+    const int rows = share_rows(threads, call.m, (tiles + panel_tiles - 1) / panel_tiles, most_rows(w));
     for_panels(threads, call.m, rows, tiles, panel_tiles,
                [&](int m0, int m, int tile, int count) { many(w, call, x, m0, m, tile, count, table); });
 }

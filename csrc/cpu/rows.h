@@ -63,9 +63,9 @@ inline void convert_row(const T* __restrict x, int k, int padded_k, const float*
 // The one epilogue of every integer kernel: fp32(sum) · x_scale, · row_scale, + bias, each rounded to fp32.
 // low_start and high_start are what the sums of the planes were not started with.
 template <class T>
-inline void finish_integer_row(const int32_t* __restrict low, int32_t low_start, const int32_t* __restrict high,
-                               int32_t high_start, float x_scale, const float* __restrict row_scale,
-                               const float* __restrict bias, T* __restrict y, int count) {
+LLMFP4_INLINE void finish_integer_row(const int32_t* __restrict low, int32_t low_start, const int32_t* __restrict high,
+                                      int32_t high_start, float x_scale, const float* __restrict row_scale,
+                                      const float* __restrict bias, T* __restrict y, int count) {
     if (high) {
         for (int i = 0; i < count; ++i) {
             const double sum = double(low[i] + low_start) + double(plane_weight) * double(high[i] + high_start);
@@ -81,8 +81,8 @@ inline void finish_integer_row(const int32_t* __restrict low, int32_t low_start,
 }
 
 template <class T>
-inline void finish_float_row(const float* __restrict sums, float x_scale, const float* __restrict row_scale,
-                             const float* __restrict bias, T* __restrict y, int count) {
+LLMFP4_INLINE void finish_float_row(const float* __restrict sums, float x_scale, const float* __restrict row_scale,
+                                    const float* __restrict bias, T* __restrict y, int count) {
     for (int i = 0; i < count; ++i) {
         const float scaled = sums[i] * x_scale * row_scale[i];
         y[i] = from_float<T>(bias ? scaled + bias[i] : scaled);
