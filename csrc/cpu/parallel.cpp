@@ -33,12 +33,13 @@ const OpenMP& openmp() {
     return found;
 }
 
-// Under a passive wait policy a runtime puts the caller to sleep that is done before the others; to be woken takes it
-// longer than equal shares differ.
+// Looks for so long; whether done() came true.
 template <class F>
-void wait_briefly(F&& done) {
+bool spin(int microseconds, F&& done) {
     using clock = std::chrono::steady_clock;
-    for (const auto until = clock::now() + std::chrono::microseconds(50); !done() && clock::now() < until;) {}
+    for (const auto until = clock::now() + std::chrono::microseconds(microseconds); clock::now() < until;)
+        if (done()) return true;
+    return false;
 }
 
 // Threads spin for a while for what others do, then they sleep: beside a busy process spinning ones use up the time
@@ -47,9 +48,7 @@ class Meeting {
 public:
     template <class F>
     void wait(F&& done) {
-        using clock = std::chrono::steady_clock;
-        for (const auto until = clock::now() + std::chrono::microseconds(200); clock::now() < until;)
-            if (done()) return;
+        if (spin(200, done)) return;
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
         changed_.wait(lock, done);
@@ -88,7 +87,9 @@ void run_region(int threads, void (*body)(int, int, void*), void* context) {
             const int thread = openmp().thread_num(), of = openmp().num_threads();
             r.body(thread, of, r.context);
             r.finished.fetch_add(1, std::memory_order_relaxed);
-            if (thread == 0) wait_briefly([&] { return r.finished.load(std::memory_order_relaxed) == of; });
+            // Under a passive wait policy a runtime puts the caller to sleep that is done before the others; to be
+            // woken takes it longer than equal shares differ.
+            if (thread == 0) spin(50, [&] { return r.finished.load(std::memory_order_relaxed) == of; });
         },
         &region, unsigned(threads), 0);
 }

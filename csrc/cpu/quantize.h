@@ -9,7 +9,6 @@ namespace llmfp4::cpu::LLMFP4_ISA {
 
 // An integer operand that does not fit int8 is split into planes, low + 128·high. Only E3M0 with a shift needs two: its
 // values are single powers of two up to 64·2^7, so one plane of each is zero and both fit.
-
 inline int planes_of(const Activation& a) {
     return a.element.max_integer() << (a.shifted ? a.element.max_shift() : 0) > int8_max ? 2 : 1;
 }
@@ -53,13 +52,6 @@ struct Row {
     }
 };
 
-// Rounds to int8, stores and adds up.
-LLMFP4_INLINE I32 store_integers(const F32 (&integers)[4], int8_t* out, I32 sum) {
-    const Bytes bytes = to_bytes(integers);
-    store_bytes(reinterpret_cast<uint8_t*>(out), bytes);
-    return sum4(sum, bytes);
-}
-
 // x [k] → element(code) · integer_factor, padded with zeros to padded_k. `sums` are those of the planes. Returns false
 // if the row holds NaN or Inf.
 template <int planes, class T>
@@ -94,36 +86,43 @@ inline bool quantize_row(const T* x, int k, int padded_k, const Activation& a, i
     return !is_special(largest_bits(largest));
 }
 
+// Where the groups of a row are quantized: where they lie, or, if they do not fill whole registers, spread to such.
+struct GroupLayout {
+    int groups, size;
+    bool in_place;
+    int values;  // zeros up to 16 groups included
+
+    GroupLayout(const Activation& a, int padded_k)
+        : groups((padded_k + a.group_size - 1) / a.group_size),
+          size(int(round_up(a.group_size, lanes))),
+          in_place(size == a.group_size),
+          values(int(round_up(size_t(groups) * size, lanes * size))) {}
+};
+
 // Floats of memory that quantize_dynamic_row needs.
-inline size_t dynamic_floats(const Activation& a, size_t padded_k) {
+inline size_t dynamic_floats(const Activation& a, int padded_k) {
     if (a.group_size == 0) return padded_k;
-    const size_t group = round_up(a.group_size, lanes), block = lanes * group;
-    if (group == size_t(a.group_size)) return round_up(padded_k, block);
-    const size_t spread = round_up((padded_k + a.group_size - 1) / a.group_size * group, block);
-    return padded_k + spread + spread / sizeof(float);
+    const GroupLayout at(a, padded_k);
+    return at.in_place ? at.values : padded_k + size_t(at.values) + at.values / sizeof(float);
 }
 
-// v [padded_k], zero from k on. Groups that do not fill whole registers are spread to such, with zeros behind each.
-inline int32_t quantize_groups(float* __restrict v, int padded_k, const Activation& a, float scale, int most,
-                               int8_t* __restrict out) {
-    const Rounder round(a.element, true);
+// v [padded_k], zero from k on, times `scale` → integers. Returns their sum.
+inline int32_t quantize_groups(float* v, int padded_k, const Activation& a, float scale, int most, const Rounder& round,
+                               int8_t* out) {
+    const GroupLayout at(a, padded_k);
     const F32 scales = f32_all(scale);
-    const int of_group = a.group_size, group = int(round_up(of_group, lanes)), block = lanes * group;
-    if (group == of_group) {
-        for (size_t i = padded_k; i < round_up(padded_k, block); ++i) v[i] = 0;
-        return sum_of(of_group == lanes ? quantize_groups_of(v, lanes, padded_k, scales, most, round, out)
-                                        : quantize_groups_of(v, group, padded_k, scales, most, round, out));
-    }
-    const int groups = (padded_k + of_group - 1) / of_group, spread = int(round_up(size_t(groups) * group, block));
-    float* __restrict to = v + padded_k;
-    auto* __restrict integers = reinterpret_cast<int8_t*>(to + spread);
-    const auto size_at = [&](int g) { return padded_k - g * of_group < of_group ? padded_k - g * of_group : of_group; };
-    for (int i = 0; i < spread; ++i) to[i] = 0;
-    for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < size_at(g); ++i) to[g * group + i] = v[g * of_group + i];
-    const I32 sum = quantize_groups_of(to, group, spread, scales, most, round, integers);
-    for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < size_at(g); ++i) out[g * of_group + i] = integers[g * group + i];
+    float* values = at.in_place ? v : v + padded_k;
+    int8_t* integers = at.in_place ? out : reinterpret_cast<int8_t*>(values + at.values);
+    const int count = at.in_place ? padded_k : at.values;
+    const auto each_value = [&](auto&& f) {  // of the row, of the layout
+        for (int i = 0; i < padded_k; ++i) f(i, i / a.group_size * at.size + i % a.group_size);
+    };
+    for (int i = at.in_place ? padded_k : 0; i < at.values; ++i) values[i] = 0;
+    if (!at.in_place) each_value([&](int of_row, int i) { values[i] = v[of_row]; });
+    const I32 sum = at.size == lanes  // known beforehand: no division for each register
+                        ? quantize_groups_of(values, lanes, count, scales, most, round, integers)
+                        : quantize_groups_of(values, at.size, count, scales, most, round, integers);
+    if (!at.in_place) each_value([&](int of_row, int i) { out[of_row] = integers[i]; });
     return sum_of(sum);
 }
 
@@ -169,7 +168,7 @@ inline float quantize_dynamic_row(const T* x, int k, int padded_k, const Activat
     const float x_scale = (found > smallest ? found : smallest) / (round.top / unit * float(most));
     const float inverse = 1.0f / x_scale * unit;
     if (a.group_size)
-        *sum = quantize_groups(v, padded_k, a, inverse, most, out);
+        *sum = quantize_groups(v, padded_k, a, inverse, most, round, out);
     else if (a.element.exponent_bits == 1)  // steps of 1, to which int8 rounds
         *sum = quantize_values<true>(v, padded_k, round, inverse, out);
     else

@@ -32,10 +32,16 @@ struct Groups {
     alignas(64) int32_t factor[most_groups], gain[most_groups];
 };
 
+// Whole numbers → int8, stored and added up.
+LLMFP4_INLINE I32 store_integers(const F32 (&integers)[4], int8_t* out, I32 sum) {
+    const Bytes bytes = to_bytes(integers);
+    store_bytes(reinterpret_cast<uint8_t*>(out), bytes);
+    return sum4(sum, bytes);
+}
+
 // Both of what the lanes of 4 groups in integer units become, and how much more the larger factor errs: (e - h)² -
 // (e - b)² = (b - h) · (2e - h - b), e being the value to 1/64. That is a multiple of 1/32 below 2^12: sums of 16 are
-// exact as floats, those of 256 as integers, so no order of summation changes which one wins. Four take each step
-// together, or every step waits for the end of the last.
+// exact as floats, those of 256 as integers, so no order of summation changes which one wins.
 LLMFP4_INLINE void quantize_lanes(const float* v, int size, F32 scale, const Rounder& round, const int32_t* factor,
                                   float* holds, float* below, float* excess) {
     const F32 two = f32_all(2.0f), to_32nd = f32_all(1.5f * 0x1p18f);
@@ -90,9 +96,7 @@ LLMFP4_INLINE I32 quantize_together(const float* v, int size, int count, F32 sca
             const int at = i + j * lanes;
             best[j] = load(of.holds + at + (of.gain[at / size] > 0 ? below : 0));
         });
-        const Bytes bytes = to_bytes(best);
-        store_bytes(reinterpret_cast<uint8_t*>(out + i), bytes);
-        sum = sum4(sum, bytes);
+        sum = store_integers(best, out + i, sum);
     }
     return sum;
 }

@@ -17,8 +17,8 @@ struct Rounder {
           down(f32_all(-steps(e))) {}
 
     LLMFP4_INLINE F32 clipped(F32 v) const { return clip(v, tops); }
-    // Of what exceeds the element's largest by less than half a step.
-    // Step by step, so that no step waits for the one before.
+    // Of what exceeds the element's largest by less than half a step. All four take each step together, so that none
+    // waits for the end of the last.
     LLMFP4_INLINE void whole_steps(F32 (&v)[4]) const {
         F32 power[4];
         each<4>([&](int i) { power[i] = binade(v[i], least); });

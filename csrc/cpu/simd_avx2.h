@@ -120,7 +120,8 @@ inline F32 binade(F32 v, F32 least) {
 inline I32 to_integers(F32 v) { return {{_mm256_cvtps_epi32(v.half[0]), _mm256_cvtps_epi32(v.half[1])}}; }
 inline Bytes to_bytes(const F32 (&v)[4]) {
     const auto pair = [&](int i) {
-        return _mm256_packs_epi32(_mm256_cvtps_epi32(v[i].half[0]), _mm256_cvtps_epi32(v[i].half[1]));
+        const I32 integers = to_integers(v[i]);
+        return _mm256_packs_epi32(integers.half[0], integers.half[1]);
     };
     const auto half = [&](int i) {
         return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(pair(i), pair(i + 1)),

@@ -91,7 +91,7 @@ inline F32 larger(F32 a, F32 b) {
 inline F32 binade(F32 v, F32 least) { return _mm512_max_ps(_mm512_and_ps(v, f32_all(INFINITY)), least); }
 inline I32 to_integers(F32 v) { return _mm512_cvtps_epi32(v); }
 inline Bytes to_bytes(const F32 (&v)[4]) {
-    const auto pair = [&](int i) { return _mm512_packs_epi32(_mm512_cvtps_epi32(v[i]), _mm512_cvtps_epi32(v[i + 1])); };
+    const auto pair = [&](int i) { return _mm512_packs_epi32(to_integers(v[i]), to_integers(v[i + 1])); };
     const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(quarters, _mm512_packs_epi16(pair(0), pair(2)));
 }

@@ -142,8 +142,9 @@ inline I32 to_integers(const F32& v) {
 }
 inline Bytes to_bytes(const F32 (&v)[4]) {
     return each_part<Bytes>([&](int i) {
+        const I32 integers = to_integers(v[i]);
         const auto pair = [&](int j) {
-            return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(v[i].part[j])), vqmovn_s32(vcvtnq_s32_f32(v[i].part[j + 1])));
+            return vcombine_s16(vqmovn_s32(integers.part[j]), vqmovn_s32(integers.part[j + 1]));
         };
         return vcombine_s8(vqmovn_s16(pair(0)), vqmovn_s16(pair(2)));
     });
